@@ -1,0 +1,120 @@
+# blockstep: `make help` lists what there is.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+# A clone that another user owns (a CI checkout) has no VCS stamp to give.
+export GOFLAGS ?= -buildvcs=false
+
+TOOL    := go tool -modfile=internal/tools/go.mod
+BIN     := bin
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+STATIC  := CGO_ENABLED=0 go build -trimpath -ldflags "-X github.com/blockstep/blockstep/internal/version.release=$(VERSION)"
+
+# Everything but what has a step of its own: the end-to-end tests, which start
+# processes, and the simulator, which has one goroutine, so that the race detector
+# would only slow it down (the assertions that race implies are on in its step).
+UNIT = $$(go list ./... | grep -v -e '/e2e' -e '/internal/sim$$')
+
+STORY    ?=
+FROM     ?=
+SEEDS    ?= 2000
+FUZZTIME ?= 30s
+TIME     ?= 10m
+ARGS     ?=
+RUN      ?= .
+
+.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel check clean units deb
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build ## three nodes and a volume on loopback until Ctrl-C; STORY=1 [FROM=DIR] tells the whole story and ends
+ifeq ($(STORY),)
+	$(BIN)/blockstep demo
+else
+	@./internal/tools/deps.sh story
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/blockstep demo --story $(if $(FROM),--from "$(FROM)")
+endif
+
+build: ## static binaries in bin/
+	@mkdir -p $(BIN)
+	$(STATIC) -o $(BIN)/ ./cmd/...
+
+test: deps vet lint race sim e2e ## what CI runs: vet, linters, unit tests with -race, simulator, end-to-end tests
+
+deps: ## the programs that the tests need: installs them as root, else says what to install
+	@./internal/tools/deps.sh test
+
+vet:
+	go vet ./...
+
+lint: ## golangci-lint, at the version of internal/tools/go.mod (its first build takes minutes)
+	$(TOOL) golangci-lint run
+
+race: ## unit and crash tests with the race detector
+	go test -race -timeout 10m $(UNIT)
+
+unit: ## unit tests without the race detector: quick
+	go test -timeout 5m $(UNIT)
+
+fmt: ## gofumpt and gci over the tree
+	$(TOOL) golangci-lint fmt
+
+fmt-check:
+	$(TOOL) golangci-lint fmt --diff
+
+generate: ## go generate
+	go generate ./...
+
+sim: ## simulated clusters; SEEDS=1000000 runs on, a failing seed is printed
+	BLOCKSTEP_SIM_SEEDS=$(SEEDS) go test -tags invariants -timeout 0 -count 1 ./internal/sim/...
+
+mutants: ## breaks the protocol in each named way, and demands that the simulator finds it
+	go test -tags mutants -run TestMutants -v -timeout 60m -count 1 ./internal/sim
+
+fuzz: ## each fuzz target for FUZZTIME
+	@set -e; \
+	for file in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd internal nbd raft replication); do \
+		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$file); do \
+			echo "== $$target ($$(dirname $$file)), $(FUZZTIME)"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) ./$$(dirname $$file); \
+		done; \
+	done
+
+crash: ## crash tests: power cut at every sync point of log, store and bitmap
+	go test -count 1 -run 'Crash|Power|Torn|Recover' ./internal/vfs/... ./replication/...
+
+e2e: deps build ## real processes and real clients; RUN=regexp chooses
+	BLOCKSTEP_BIN=$(CURDIR)/$(BIN) go test -count 1 -timeout 12m -parallel 3 -run '$(RUN)' ./e2e
+
+torture: deps build ## a long random run with real processes, judged for linearizability; TIME=10m
+	BLOCKSTEP_E2E_TORTURE=$(TIME) BLOCKSTEP_BIN=$(CURDIR)/$(BIN) go test -count 1 -timeout 0 -v -run 'TestTorture' ./e2e
+
+bench: build ## blockstep beside its peers, interleaved, judged by ratios; ARGS=… as of go run ./e2e/bench -help
+	@./internal/tools/deps.sh bench
+	go run ./e2e/bench -bin $(BIN) $(ARGS)
+
+bench-quick: build ## the same in under three minutes
+	@./internal/tools/deps.sh bench
+	go run ./e2e/bench -bin $(BIN) -quick $(ARGS)
+
+bench-go: ## Go benchmarks of each stage; compare two runs with benchstat (internal/tools/go.mod)
+	go test -run '^$$' -bench . -benchmem $(UNIT)
+
+test-kernel: build ## a real /dev/nbdN: Debian's kernel in qemu, with file systems and power cuts; RUN=regexp chooses
+	@./internal/tools/deps.sh kernel
+	@mkdir -p build
+	BLOCKSTEP_KERNEL_CACHE=$${BLOCKSTEP_KERNEL_CACHE:-$(CURDIR)/build/kernel} go test -tags kernel -count 1 -timeout 40m -v -run '$(RUN)' ./e2e/kernel
+
+check: vet lint unit ## before a commit: vet, linters, unit tests
+
+clean:
+	rm -rf $(BIN)
+
+units: ## systemd-analyze verify on all units, and the daemon's security score
+	systemd/check.sh
+
+deb: build ## the Debian package in build/, installed, upgraded and purged in a test root (as root)
+	deploy/deb/test.sh $(BIN)
+	deploy/deb/build.sh $(BIN) build

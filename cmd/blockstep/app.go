@@ -1,0 +1,251 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+)
+
+// The exit codes, a promise to scripts.
+const (
+	exitDone        = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitUnreachable = 3
+	exitTimeout     = 4
+)
+
+const (
+	// askTimeout bounds verbs that only read.
+	askTimeout = 15 * time.Second
+	// changeTimeout bounds verbs that change something; it is longer than any
+	// limit that the daemon sets itself.
+	changeTimeout = 90 * time.Second
+)
+
+// app is what the verbs share.
+type app struct {
+	in       io.Reader
+	out, err io.Writer
+	config   string
+	admin    string
+	json     bool
+}
+
+// runError marks an error of a verb that ran; every other error is one of usage.
+type runError struct{ err error }
+
+func (e *runError) Error() string { return e.err.Error() }
+func (e *runError) Unwrap() error { return e.err }
+
+// run is main without the process: it returns the exit code.
+func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer) int {
+	a := &app{in: in, out: out, err: errOut}
+	root := a.root()
+	root.SetArgs(args)
+	root.SetIn(in)
+	root.SetOut(out)
+	root.SetErr(errOut)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitDone
+	}
+	code := exitCode(err)
+	fmt.Fprintf(errOut, "blockstep: %v\n", err)
+	var ran *runError
+	if !errors.As(err, &ran) {
+		fmt.Fprintf(errOut, "usage: %s\nhelp:  %s --help\n", cmd.UseLine(), cmd.CommandPath())
+	}
+	return code
+}
+
+// exitCode is the one place where an error becomes an exit code.
+func exitCode(err error) int {
+	var ran *runError
+	if !errors.As(err, &ran) {
+		return exitUsage
+	}
+	var bad *config.Error
+	if errors.As(err, &bad) {
+		return exitUsage
+	}
+	var e *control.Error
+	if errors.As(err, &e) {
+		switch e.Code {
+		case control.CodeUsage:
+			return exitUsage
+		case control.CodeTimeout:
+			return exitTimeout
+		case control.CodeRefused, control.CodeFailed, control.CodeNotFound, control.CodeReadOnly:
+			return exitFailed
+		}
+		return exitFailed
+	}
+	switch {
+	case errors.Is(err, control.ErrUnreachable):
+		return exitUnreachable
+	case errors.Is(err, context.DeadlineExceeded):
+		return exitTimeout
+	}
+	return exitFailed
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "blockstep",
+		Short: "Operate replicated block volumes",
+		Long: `blockstep operates a cluster of blockstepd daemons through the admin socket of
+the daemon on this host. Start with "blockstep status"; to see the whole thing
+work on this machine alone, "blockstep demo".
+
+Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 timed out.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	group(root)
+	f := root.PersistentFlags()
+	f.StringVar(&a.config, "config", "", "configuration file, for the admin address (default "+config.DefaultFile+")")
+	f.StringVar(&a.admin, "admin", "", "admin address: unix:///PATH, or tcp://HOST:PORT of a node for reading verbs")
+	f.BoolVar(&a.json, "json", false, "print JSON instead of tables")
+	root.AddCommand(
+		a.statusCmd(), a.eventsCmd(), a.volumeCmd(), a.nodeCmd(), a.waitCmd(),
+		a.switchoverCmd(), a.failoverCmd(), a.verifyCmd(), a.invalidateCmd(),
+		a.attachCmd(), a.detachCmd(), a.attachmentsCmd(), a.followCmd(),
+		a.demoCmd(), a.demoNodeCmd(), a.versionCmd(),
+	)
+	// "volume list" and its sisters, also without the word.
+	for _, short := range []*cobra.Command{a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd()} {
+		short.Hidden = true
+		root.AddCommand(short)
+	}
+	return root
+}
+
+// group makes a command that only holds others refuse what it does not know.
+// Without a RunE cobra would print the help for an unknown verb too, and call
+// that success.
+func group(cmd *cobra.Command) *cobra.Command {
+	cmd.Args = cobra.ArbitraryArgs
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		var names []string
+		for _, c := range cmd.Commands() {
+			if !c.Hidden {
+				names = append(names, c.Name())
+			}
+		}
+		return fmt.Errorf("unknown command %q; allowed here: %s", args[0], strings.Join(names, ", "))
+	}
+	return cmd
+}
+
+// verb makes the RunE of a verb: its error counts as one of the run.
+func (a *app) verb(f func(ctx context.Context, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := f(cmd.Context(), args); err != nil {
+			return &runError{err}
+		}
+		return nil
+	}
+}
+
+// ask makes the RunE of a verb that speaks to the daemon within limit (0: none).
+func (a *app) ask(limit time.Duration, f func(ctx context.Context, c *control.Client, args []string) error) func(*cobra.Command, []string) error {
+	return a.verb(func(ctx context.Context, args []string) error {
+		c, err := a.dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if limit > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, limit)
+			defer cancel()
+		}
+		err = f(ctx, c, args)
+		if errors.Is(err, context.DeadlineExceeded) {
+			return control.Errorf(control.CodeTimeout, "it may still happen: look at blockstep status and at the daemon's log", "no answer within %v", limit)
+		}
+		return err
+	})
+}
+
+// dial finds the daemon: --admin, --config, BLOCKSTEP_ADMIN, the default file,
+// the default socket.
+func (a *app) dial() (*control.Client, error) {
+	address := a.admin
+	if address == "" && a.config == "" {
+		address = os.Getenv("BLOCKSTEP_ADMIN")
+	}
+	if address == "" {
+		var err error
+		if address, err = a.adminOfConfig(); err != nil {
+			return nil, err
+		}
+	}
+	return control.Dial(address)
+}
+
+func (a *app) adminOfConfig() (string, error) {
+	file := a.config
+	if file == "" {
+		file = config.DefaultFile
+		if !exists(file) {
+			return "unix:///run/blockstep/admin.sock", nil
+		}
+	}
+	return config.AdminAddress(file)
+}
+
+func exists(file string) bool {
+	_, err := os.Stat(file)
+	return err == nil
+}
+
+// print writes v as JSON with --json, otherwise calls table.
+func (a *app) print(v any, table func(w io.Writer)) error {
+	if !a.json {
+		table(a.out)
+		return nil
+	}
+	enc := json.NewEncoder(a.out)
+	enc.SetIndent("", "  ")
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
+}
+
+// columns writes rows of cells, tab-separated, as an aligned table.
+func columns(w io.Writer, rows ...[]string) {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintln(t, strings.TrimRight(strings.Join(r, "\t"), "\t"))
+	}
+	_ = t.Flush() // out is the terminal: nobody to tell
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/blockstep/blockstep/internal/control"
+)
+
+func (a *app) switchoverCmd() *cobra.Command {
+	var r control.Switchover
+	cmd := &cobra.Command{
+		Use: "switchover VOLUME --to NODE", Short: "Move the primary, planned: nothing lost, nothing refused", Args: cobra.ExactArgs(1),
+		Long: "Moves the primary to another in-sync replica and returns when it serves there.\nClients see a short pause and no error.",
+	}
+	cmd.Flags().StringVar(&r.To, "to", "", "node that becomes primary (required)")
+	_ = cmd.MarkFlagRequired("to") // it is defined above
+	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		v, err := c.Switchover(ctx, args[0], r)
+		if err != nil {
+			return err
+		}
+		return a.print(v, func(w io.Writer) { fmt.Fprintf(w, "%s: primary is %s, epoch %d\n", v.Volume, v.Primary, v.Epoch) })
+	})
+	return cmd
+}
+
+func (a *app) failoverCmd() *cobra.Command {
+	var r control.Failover
+	cmd := &cobra.Command{
+		Use: "failover VOLUME", Short: "Name a new primary because the old one is gone", Args: cobra.ExactArgs(1),
+		Long: `Names a new primary when automatic failover is off or cannot decide. It keeps to
+the same rules: it is refused where a committed write could be lost.
+
+--force --accept-data-loss goes round them: the replicas that can be reached
+become the in-sync set, every NBD session ends with an error, and writes that only
+the missing replicas hold are gone. A primary that still runs on a side that
+cannot be reached is not stopped by it: make sure that it is off.`,
+	}
+	f := cmd.Flags()
+	f.StringVar(&r.To, "to", "", "node that becomes primary (default: the best replica)")
+	f.BoolVar(&r.Force, "force", false, "go on with too few replicas; needs --accept-data-loss")
+	f.BoolVar(&r.AcceptDataLoss, "accept-data-loss", false, "with --force: writes may be gone")
+	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		if r.Force != r.AcceptDataLoss {
+			return control.Errorf(control.CodeUsage, "give both, or neither", "--force and --accept-data-loss go together")
+		}
+		res, err := c.Failover(ctx, args[0], r)
+		if err != nil {
+			return err
+		}
+		return a.print(res, func(w io.Writer) {
+			fmt.Fprintf(w, "%s: primary is %s, epoch %d\n", args[0], res.Primary, res.Epoch)
+			if res.Lost != "" {
+				fmt.Fprintln(w, res.Lost)
+			}
+		})
+	})
+	return cmd
+}
+
+func (a *app) invalidateCmd() *cobra.Command {
+	var r control.Invalidate
+	cmd := &cobra.Command{
+		Use: "invalidate VOLUME --node NODE", Short: "Resync one replica anew", Args: cobra.ExactArgs(1),
+		Long: "Throws one replica's content away and copies it anew from the others.",
+	}
+	cmd.Flags().StringVar(&r.Node, "node", "", "node whose replica is resynced (required)")
+	_ = cmd.MarkFlagRequired("node") // it is defined above
+	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		if err := c.Invalidate(ctx, args[0], r); err != nil {
+			return err
+		}
+		return a.print(map[string]string{"volume": args[0], "node": r.Node}, func(w io.Writer) {
+			fmt.Fprintf(w, "the replica of %s on %s is resynced; next: blockstep status %s --watch\n", args[0], r.Node, args[0])
+		})
+	})
+	return cmd
+}
+
+func (a *app) verifyCmd() *cobra.Command {
+	var r control.Verify
+	cmd := &cobra.Command{
+		Use: "verify VOLUME", Short: "Compare the replicas online", Args: cobra.ExactArgs(1),
+		Long: "Compares all replicas at one log position while clients go on. Exit code 1 when\nthey differ and were not repaired.",
+	}
+	cmd.Flags().BoolVar(&r.Repair, "repair", false, "write what the majority has where a replica differs")
+	cmd.RunE = a.ask(0, func(ctx context.Context, c *control.Client, args []string) error {
+		var last control.VerifyProgress
+		err := c.Verify(ctx, args[0], r, func(p control.VerifyProgress) error {
+			last = p
+			if !a.json && p.TotalBytes > 0 {
+				fmt.Fprintf(a.err, "\rcompared %d%%", 100*p.DoneBytes/p.TotalBytes)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return a.verified(args[0], last)
+	})
+	return cmd
+}
+
+func (a *app) verified(volume string, p control.VerifyProgress) error {
+	open := 0
+	for _, e := range p.Found {
+		if !e.Repaired {
+			open++
+		}
+	}
+	if err := a.print(p, func(w io.Writer) {
+		fmt.Fprintln(a.err)
+		for _, e := range p.Found {
+			fmt.Fprintf(w, "%s differs at %d, %d bytes, repaired: %s\n", e.Node, e.Offset, e.Length, yesNo(e.Repaired))
+		}
+		if len(p.Found) == 0 {
+			fmt.Fprintf(w, "all replicas of %s are equal\n", volume)
+		}
+	}); err != nil {
+		return err
+	}
+	if open > 0 {
+		return control.Errorf(control.CodeFailed, fmt.Sprintf("run blockstep verify %s --repair", volume), "%d ranges differ", open)
+	}
+	return nil
+}

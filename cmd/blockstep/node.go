@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/blockstep/blockstep/internal/control"
+)
+
+func (a *app) nodeCmd() *cobra.Command {
+	cmd := group(&cobra.Command{Use: "node", Short: "List and change the members of the cluster"})
+	cmd.AddCommand(
+		a.nodeListCmd(), a.nodeAddCmd(),
+		a.nodeChangeCmd("remove", "Remove a member that has no replica any more", "is removed"),
+		a.nodeChangeCmd("replace", "Accept a member's empty data directory: it votes anew and its replicas are synced whole", "may join anew"),
+		a.nodeChangeCmd("drain", "Move primaries and then replicas away from a member", "is drained"),
+	)
+	return cmd
+}
+
+func nodeTable(w io.Writer, nodes []control.NodeStatus) {
+	rows := [][]string{{"NODE", "STATE", "ADDRESS", "ROLE", ""}}
+	for _, n := range nodes {
+		state, role := "down", "member"
+		if n.Up {
+			state = "up"
+		}
+		if n.Witness {
+			role = "witness"
+		}
+		if n.Leader {
+			role += ", Raft leader"
+		}
+		if !n.Voter {
+			role += ", no vote"
+		}
+		rows = append(rows, []string{n.Name, state, n.Address, role, n.Error})
+	}
+	columns(w, rows...)
+}
+
+func (a *app) nodeListCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List the members", Args: cobra.NoArgs,
+		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
+			nodes, err := c.Nodes(ctx)
+			if err != nil {
+				return err
+			}
+			return a.print(nodes, func(w io.Writer) { nodeTable(w, nodes) })
+		}),
+	}
+}
+
+func (a *app) nodeAddCmd() *cobra.Command {
+	var r control.AddNode
+	cmd := &cobra.Command{
+		Use: "add NAME --address HOST:PORT", Short: "Add a member", Args: cobra.ExactArgs(1),
+		Long: "Adds a member: it may then start with an empty data directory and a configuration\nthat lists all nodes, itself included.",
+	}
+	cmd.Flags().StringVar(&r.Address, "address", "", "the node's HOST:PORT (required)")
+	cmd.Flags().BoolVar(&r.Witness, "witness", false, "it votes and stores nothing")
+	_ = cmd.MarkFlagRequired("address") // it is defined above
+	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		r.Name = args[0]
+		if err := c.AddNode(ctx, r); err != nil {
+			return err
+		}
+		return a.print(r, func(w io.Writer) {
+			fmt.Fprintf(w, "node %s may join; next: start blockstepd on it\n", r.Name)
+		})
+	})
+	return cmd
+}
+
+// drainTimeout is longer than copying any replica takes.
+const drainTimeout = 7 * 24 * time.Hour
+
+func (a *app) nodeChangeCmd(verb, short, done string) *cobra.Command {
+	limit := changeTimeout
+	if verb == "drain" {
+		limit = drainTimeout
+	}
+	return &cobra.Command{
+		Use: verb + " NAME", Short: short, Args: cobra.ExactArgs(1),
+		RunE: a.ask(limit, func(ctx context.Context, c *control.Client, args []string) error {
+			if err := c.ChangeNode(ctx, args[0], verb); err != nil {
+				return err
+			}
+			return a.print(map[string]string{"node": args[0], "done": verb}, func(w io.Writer) { fmt.Fprintf(w, "node %s %s\n", args[0], done) })
+		}),
+	}
+}

@@ -1,0 +1,186 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+)
+
+// watchEvery is the pace of --watch.
+const watchEvery = time.Second
+
+func (a *app) statusCmd() *cobra.Command {
+	var watch bool
+	cmd := &cobra.Command{
+		Use:   "status [VOLUME]",
+		Short: "Show nodes, volumes and replicas, what is wrong and what to do",
+		Long: `Shows the nodes, the Raft leader and each volume: its health, its primary and
+epoch, each replica's state, and, when it is not healthy, the reason and the next
+command to type. With VOLUME, that one in detail.
+
+Health: healthy (every replica is up and in sync), degraded (serving with fewer),
+suspended (nobody serves: I/O is held and goes on by itself, it does not fail).`,
+		Args: cobra.MaximumNArgs(1),
+	}
+	cmd.Flags().BoolVar(&watch, "watch", false, "show it anew each second until Ctrl-C")
+	show := func(ctx context.Context, c *control.Client, args []string, w io.Writer) error {
+		if len(args) == 1 {
+			v, err := c.VolumeStatus(ctx, args[0])
+			if err != nil {
+				return err
+			}
+			return a.print(v, func(io.Writer) { volumeDetail(w, v) })
+		}
+		s, err := c.Status(ctx)
+		if err != nil {
+			return err
+		}
+		return a.print(s, func(io.Writer) { clusterTable(w, s) })
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if !watch {
+			return a.ask(askTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+				return show(ctx, c, args, a.out)
+			})(cmd, args)
+		}
+		return a.ask(0, func(ctx context.Context, c *control.Client, args []string) error {
+			return a.watch(ctx, func(w io.Writer) error { return show(ctx, c, args, w) })
+		})(cmd, args)
+	}
+	return cmd
+}
+
+// watch clears the screen and shows anew until ctx ends. A daemon that is not
+// reachable for a while is shown as such, since that is when one watches.
+func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		var frame bytes.Buffer
+		err := show(&frame)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !a.json {
+			fmt.Fprint(a.out, "\x1b[H\x1b[2J")
+			fmt.Fprintf(a.out, "%s  (every %v, Ctrl-C ends)\n\n", time.Now().Format(time.TimeOnly), watchEvery)
+			_, _ = a.out.Write(frame.Bytes())
+		}
+		if err != nil {
+			if c := exitCode(&runError{err}); c != exitUnreachable && c != exitTimeout {
+				return err
+			}
+			fmt.Fprintln(a.err, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+func clusterTable(w io.Writer, s control.ClusterStatus) {
+	leader := "no Raft leader: the cluster state cannot change, I/O goes on where a primary serves"
+	if s.Leader != "" {
+		leader = "Raft leader " + s.Leader
+	}
+	fmt.Fprintf(w, "cluster %s, seen from %s: %s\n\n", s.Cluster, s.Node, leader)
+	nodeTable(w, s.Nodes)
+	fmt.Fprintln(w)
+	if len(s.Volumes) == 0 {
+		fmt.Fprintln(w, "no volumes; next: blockstep volume create NAME --size 10GiB")
+		return
+	}
+	volumeTable(w, s.Volumes)
+}
+
+func volumeTable(w io.Writer, vols []control.VolumeStatus) {
+	rows := [][]string{{"VOLUME", "HEALTH", "SIZE", "PRIMARY", "EPOCH", "POSITION", "REPLICAS"}}
+	for _, v := range vols {
+		var reps []string
+		for _, r := range v.Replicas {
+			reps = append(reps, r.Node+" "+string(r.State))
+		}
+		rows = append(rows, []string{v.Volume, string(v.Health), config.FormatSize(v.Size), orDash(v.Primary), fmt.Sprint(v.Epoch), orDash(v.Position), strings.Join(reps, ", ")})
+	}
+	columns(w, rows...)
+	for _, same := range alike(vols) {
+		fmt.Fprintln(w)
+		reason(w, same)
+	}
+}
+
+// alike puts volumes that are unwell in the same way together: when a node is
+// down it is all of them, and one line says it.
+func alike(vols []control.VolumeStatus) []control.VolumeStatus {
+	var out []control.VolumeStatus
+	for _, v := range vols {
+		if v.Health == control.Healthy {
+			continue
+		}
+		i := slices.IndexFunc(out, func(o control.VolumeStatus) bool {
+			return o.Health == v.Health && o.Reason == v.Reason && strings.ReplaceAll(o.Next, o.ID, v.Volume) == v.Next
+		})
+		if i < 0 {
+			v.ID = v.Volume // the first of its kind, while Volume lists all
+			out = append(out, v)
+			continue
+		}
+		out[i].Volume += ", " + v.Volume
+	}
+	return out
+}
+
+func reason(w io.Writer, v control.VolumeStatus) {
+	is := "is"
+	if strings.Contains(v.Volume, ", ") {
+		is = "are"
+	}
+	fmt.Fprintf(w, "%s %s %s: %s\n", v.Volume, is, v.Health, v.Reason)
+	if v.Next != "" {
+		fmt.Fprintf(w, "  next: %s\n", v.Next)
+	}
+}
+
+func volumeDetail(w io.Writer, v control.VolumeStatus) {
+	if v.Health == control.Healthy {
+		fmt.Fprintf(w, "%s is healthy\n", v.Volume)
+	} else {
+		reason(w, v)
+	}
+	fmt.Fprintf(w, "\nsize %s (%d bytes), primary %s, epoch %d, position %s, ack %s, min copies %d\n\n",
+		config.FormatSize(v.Size), v.Size, orDash(v.Primary), v.Epoch, orDash(v.Position), v.Ack, v.MinCopies)
+	rows := [][]string{{"REPLICA", "STATE", "IN-SYNC SET", "POSITION", "LAG", "DIRTY", "RESYNC", ""}}
+	for _, r := range v.Replicas {
+		name := r.Node
+		if name == v.Primary {
+			name += " (primary)"
+		}
+		rows = append(rows, []string{
+			name, string(r.State), yesNo(slices.Contains(v.InSync, r.Node)), orDash(r.Position),
+			config.FormatSize(r.LagBytes), config.FormatSize(r.DirtyBytes), progress(r.Resync), r.Reason,
+		})
+	}
+	columns(w, rows...)
+}
+
+func progress(r *control.Resync) string {
+	if r == nil {
+		return "-"
+	}
+	percent := 100.0
+	if r.TotalBytes > 0 {
+		percent = 100 * float64(r.DoneBytes) / float64(r.TotalBytes)
+	}
+	return fmt.Sprintf("%.0f%% of %s", percent, config.FormatSize(r.TotalBytes))
+}

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+)
+
+func (a *app) volumeCmd() *cobra.Command {
+	cmd := group(&cobra.Command{Use: "volume", Short: "Create, list, resize and delete volumes"})
+	cmd.AddCommand(a.volumeCreateCmd(), a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd())
+	return cmd
+}
+
+// parseSize reads a size argument; what is wrong with it is bad usage.
+func parseSize(s string) (int64, error) {
+	n, err := config.ParseSize(s)
+	if err != nil {
+		return 0, control.Errorf(control.CodeUsage, "", "%v", err)
+	}
+	return n, nil
+}
+
+func (a *app) volumeCreateCmd() *cobra.Command {
+	var size string
+	var r control.CreateVolume
+	var devices []string
+	cmd := &cobra.Command{
+		Use:   "create NAME --size SIZE",
+		Short: "Create a volume, and return when it serves",
+		Long: `Creates a volume with a replica on each node that is no witness, or on those
+named with --replicas, and returns when its primary serves. The volume is then
+the NBD export NAME on every node.
+
+Ack says what the answer to a write waits for:
+  quorum   (default) a majority of the in-sync set holds it; a FLUSH makes it durable on a majority
+  durable  a majority has fsynced it
+  local    the primary holds it; a failover may lose the last writes`,
+		Example: "  blockstep volume create db --size 10GiB\n  blockstep volume create db --size 10GiB --replicas alpha,beta --device alpha=/dev/vg0/db",
+		Args:    cobra.ExactArgs(1),
+	}
+	f := cmd.Flags()
+	f.StringVar(&size, "size", "", "size, for example 10GiB (required)")
+	f.StringSliceVar(&r.Replicas, "replicas", nil, "nodes that get a replica (default: all that are no witness)")
+	f.StringArrayVar(&devices, "device", nil, "NODE=/dev/… for a backing device instead of a file; once for each node")
+	f.StringVar(&r.Ack, "ack", "", "quorum, durable or local")
+	f.IntVar(&r.MinCopy, "min-copies", 0, "fewest in-sync replicas that writes go on with (default: 2 with three or more replicas, else 1)")
+	_ = cmd.MarkFlagRequired("size") // it is defined above
+	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		r.Name = args[0]
+		var err error
+		if r.Size, err = parseSize(size); err != nil {
+			return err
+		}
+		if r.Devices, err = parseDevices(devices); err != nil {
+			return err
+		}
+		v, err := c.CreateVolume(ctx, r)
+		if err != nil {
+			return err
+		}
+		return a.print(v, func(w io.Writer) {
+			fmt.Fprintf(w, "volume %s of %s serves, primary %s\n", v.Volume, config.FormatSize(v.Size), v.Primary)
+		})
+	})
+	return cmd
+}
+
+func parseDevices(list []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, s := range list {
+		node, path, ok := strings.Cut(s, "=")
+		if !ok || node == "" || path == "" {
+			return nil, control.Errorf(control.CodeUsage, "write it like --device alpha=/dev/vg0/db", "--device %q is not NODE=PATH", s)
+		}
+		out[node] = path
+	}
+	return out, nil
+}
+
+func (a *app) volumeListCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List the volumes", Args: cobra.NoArgs,
+		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
+			vols, err := c.Volumes(ctx)
+			if err != nil {
+				return err
+			}
+			return a.print(vols, func(w io.Writer) {
+				if len(vols) == 0 {
+					fmt.Fprintln(w, "no volumes; next: blockstep volume create NAME --size 10GiB")
+					return
+				}
+				volumeTable(w, vols)
+			})
+		}),
+	}
+}
+
+func (a *app) volumeDeleteCmd() *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use: "delete NAME", Short: "Delete a volume and the content of all its replicas", Args: cobra.ExactArgs(1),
+		Long: "Deletes a volume: its content is gone on every node. On a terminal it wants the\nvolume's name typed, unless --yes is given.",
+	}
+	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	cmd.RunE = a.verb(func(ctx context.Context, args []string) error {
+		if err := a.confirm(yes, args[0], fmt.Sprintf("This deletes volume %s and its content on every node.", args[0])); err != nil {
+			return err
+		}
+		c, err := a.dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		ctx, cancel := context.WithTimeout(ctx, changeTimeout)
+		defer cancel()
+		if err := c.DeleteVolume(ctx, args[0]); err != nil {
+			return err
+		}
+		return a.print(map[string]any{"volume": args[0], "deleted": true}, func(w io.Writer) { fmt.Fprintf(w, "volume %s is deleted\n", args[0]) })
+	})
+	return cmd
+}
+
+// confirm wants name typed when a person sits at the terminal.
+func (a *app) confirm(yes bool, name, what string) error {
+	if yes || !isTerminal(a.in) {
+		return nil
+	}
+	fmt.Fprintf(a.err, "%s\nType %s to go on: ", what, name)
+	line, _ := bufio.NewReader(a.in).ReadString('\n')
+	if strings.TrimSpace(line) != name {
+		return control.Errorf(control.CodeRefused, "type its name, or add --yes", "nothing was done")
+	}
+	return nil
+}
+
+func isTerminal(r io.Reader) bool {
+	f, ok := r.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+func (a *app) volumeResizeCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "resize NAME SIZE", Short: "Make a volume larger, online", Args: cobra.ExactArgs(2),
+		Long: "Makes a volume larger on all its replicas. NBD clients see the new size when they\nconnect again. A volume cannot be made smaller.",
+		RunE: a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+			n, err := parseSize(args[1])
+			if err != nil {
+				return err
+			}
+			v, err := c.ResizeVolume(ctx, args[0], control.Resize{Size: n})
+			if err != nil {
+				return err
+			}
+			return a.print(v, func(w io.Writer) { fmt.Fprintf(w, "volume %s has %s\n", v.Volume, config.FormatSize(v.Size)) })
+		}),
+	}
+}

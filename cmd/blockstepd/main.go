@@ -1,0 +1,83 @@
+// Command blockstepd runs one node of a blockstep cluster in the foreground. It
+// logs to stderr, tells systemd when it is ready, and stops cleanly on SIGTERM.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/pflag"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/daemon"
+)
+
+// The exit codes: 0 stopped as asked, 1 failed, 2 bad usage or configuration.
+const (
+	exitDone   = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run is main without the process.
+func run(ctx context.Context, args []string, out, errOut io.Writer) int {
+	fs := pflag.NewFlagSet("blockstepd", pflag.ContinueOnError)
+	fs.SetOutput(errOut)
+	fs.Usage = func() {
+		fmt.Fprintf(errOut, "usage: blockstepd [--config FILE] [flags]\n\nRuns one node of a blockstep cluster in the foreground. Each key of the\nconfiguration is also an environment variable BLOCKSTEP_*.\n\n%s", fs.FlagUsages())
+	}
+	file := fs.String("config", config.DefaultFile, "configuration file")
+	check := fs.Bool("check-config", false, "check the configuration and end")
+	version := fs.Bool("version", false, "print the version and end")
+	config.Flags(fs)
+	switch err := fs.Parse(args); {
+	case errors.Is(err, pflag.ErrHelp):
+		return exitDone
+	case err != nil:
+		fmt.Fprintf(errOut, "blockstepd: %v\nhelp: blockstepd --help\n", err)
+		return exitUsage
+	case fs.NArg() > 0:
+		fmt.Fprintf(errOut, "blockstepd: unexpected argument %q; it takes flags only\nhelp: blockstepd --help\n", fs.Arg(0))
+		return exitUsage
+	}
+	if *version {
+		fmt.Fprintln(out, "blockstepd", daemon.Version())
+		return exitDone
+	}
+	cfg, err := config.Load(*file, fs)
+	if err != nil {
+		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
+		return exitUsage
+	}
+	if *check {
+		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", *file, cfg.Node, cfg.Cluster, len(cfg.Nodes))
+		return exitDone
+	}
+	if err := daemon.Run(ctx, cfg, newLogger(cfg.Log, errOut)); err != nil {
+		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
+		return exitFailed
+	}
+	return exitDone
+}
+
+func newLogger(l config.Log, w io.Writer) *slog.Logger {
+	level := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}[l.Level]
+	opts := &slog.HandlerOptions{Level: level}
+	if l.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}

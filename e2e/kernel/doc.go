@@ -1,0 +1,8 @@
+// Package kernel judges the kernel's side of blockstep: it boots Debian's cloud
+// kernel in qemu (software emulation: no KVM is needed) with three daemons and
+// a real /dev/nbdN, file system on top, and runs the shell scenarios of guest/.
+//
+// The tests have the build tag kernel, since they need a kernel image that is
+// fetched by apt: run them by make test-kernel. With BLOCKSTEP_KERNEL_CACHE the
+// image is kept in that directory.
+package kernel

@@ -1,0 +1,80 @@
+package config
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+)
+
+// unitBytes are the suffixes of a size. Only powers of 1024, as lsblk and
+// qemu-img count them: with K, M and G next to KiB, MiB and GiB a disk would be
+// 7 % smaller than its owner thinks.
+var unitBytes = []struct {
+	suffix string
+	bytes  int64
+}{
+	{"TiB", 1 << 40},
+	{"GiB", 1 << 30},
+	{"MiB", 1 << 20},
+	{"KiB", 1 << 10},
+	{"T", 1 << 40},
+	{"G", 1 << 30},
+	{"M", 1 << 20},
+	{"K", 1 << 10},
+	{"B", 1},
+	{"", 1},
+}
+
+// ParseSize reads a size in bytes: 1048576, 512MiB, 10GiB, 1.5T (units are
+// powers of 1024). It is an error when the size is negative, no whole number of
+// bytes, or beyond 8 EiB.
+func ParseSize(s string) (int64, error) {
+	t := strings.TrimSpace(s)
+	for _, u := range unitBytes {
+		num, found := cutSuffixFold(t, u.suffix)
+		if !found {
+			continue
+		}
+		num = strings.TrimSpace(num)
+		if n, err := strconv.ParseInt(num, 10, 64); err == nil {
+			if n < 0 || n > math.MaxInt64/u.bytes {
+				return 0, fmt.Errorf("size %q is out of range; allowed are 0 to 8EiB", s)
+			}
+			return n * u.bytes, nil
+		}
+		f, err := strconv.ParseFloat(num, 64)
+		if err != nil || strings.ContainsAny(num, "eExXnNiI_") {
+			break
+		}
+		b := f * float64(u.bytes)
+		if b < 0 || b >= math.MaxInt64 || b != math.Trunc(b) {
+			break
+		}
+		return int64(b), nil
+	}
+	return 0, fmt.Errorf("size %q is not a number of bytes; write it like 1073741824, 512MiB, 10GiB or 2TiB", s)
+}
+
+func cutSuffixFold(s, suffix string) (string, bool) {
+	if len(s) < len(suffix) || !strings.EqualFold(s[len(s)-len(suffix):], suffix) {
+		return s, false
+	}
+	return s[:len(s)-len(suffix)], true
+}
+
+// FormatSize prints bytes with the largest unit of which they are a whole
+// number, or with one decimal from the largest unit that fits.
+func FormatSize(n int64) string {
+	for _, u := range unitBytes[:4] {
+		if n >= u.bytes && n%u.bytes == 0 {
+			return strconv.FormatInt(n/u.bytes, 10) + u.suffix
+		}
+	}
+	for _, u := range unitBytes[:4] {
+		if n >= u.bytes {
+			return strconv.FormatFloat(float64(n)/float64(u.bytes), 'f', 1, 64) + u.suffix
+		}
+	}
+	return strconv.FormatInt(n, 10) + "B"
+}

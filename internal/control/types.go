@@ -1,0 +1,220 @@
+// Package control is the admin API between the blockstep command and a daemon:
+// its types, a server for a unix socket or for HTTP connections of the node's
+// port, and a client. It is HTTP and JSON; docs/format/admin.md lists the paths.
+//
+// From TCP only reading is allowed: a changing request is refused, since there
+// is no credential that could prove who asks.
+package control
+
+import (
+	"fmt"
+	"time"
+)
+
+// Health is a volume's condition in a word.
+type Health string
+
+// The conditions.
+const (
+	Healthy   Health = "healthy"   // every replica is up and in sync
+	Degraded  Health = "degraded"  // serving with fewer replicas than configured
+	Suspended Health = "suspended" // nobody serves: I/O is held, not failed
+)
+
+// ReplicaState is one replica's condition as the glossary names it.
+type ReplicaState string
+
+// The replica states.
+const (
+	InSync     ReplicaState = "InSync"
+	CatchingUp ReplicaState = "CatchingUp"
+	Resyncing  ReplicaState = "Resyncing"
+	Amnesiac   ReplicaState = "Amnesiac"
+	Failed     ReplicaState = "Failed"
+	Absent     ReplicaState = "Absent"
+)
+
+// Resync is the progress of a replica's resync.
+type Resync struct {
+	DoneBytes  int64 `json:"done_bytes"`
+	TotalBytes int64 `json:"total_bytes"`
+}
+
+// ReplicaStatus is one replica of a volume.
+type ReplicaStatus struct {
+	Node       string       `json:"node"`
+	State      ReplicaState `json:"state"`
+	Position   string       `json:"position"` // EPOCH:SEQ of its last entry; "" when nobody knows
+	LagBytes   int64        `json:"lag_bytes"`
+	DirtyBytes int64        `json:"dirty_bytes"`
+	Resync     *Resync      `json:"resync"` // null when there is none
+	Reason     string       `json:"reason,omitempty"`
+}
+
+// VolumeStatus is one volume.
+type VolumeStatus struct {
+	Volume     string          `json:"volume"`
+	ID         string          `json:"id"`
+	Size       int64           `json:"size"`    // bytes
+	Primary    string          `json:"primary"` // "" when nobody serves
+	Epoch      uint64          `json:"epoch"`
+	Position   string          `json:"position"` // EPOCH:SEQ of the primary's last entry
+	Health     Health          `json:"health"`
+	Reason     string          `json:"reason"` // why it is not healthy; "" when it is
+	Next       string          `json:"next"`   // what to do about it; "" when nothing
+	InSync     []string        `json:"in_sync"`
+	Replicas   []ReplicaStatus `json:"replicas"`
+	Ack        string          `json:"ack"`
+	MinCopies  int             `json:"min_copies"`
+	Generation uint64          `json:"cache_generation"`
+}
+
+// NodeStatus is one node of the cluster.
+type NodeStatus struct {
+	Name    string `json:"name"`
+	Address string `json:"address"`
+	Witness bool   `json:"witness"`
+	Up      bool   `json:"up"`     // the node that was asked reaches it
+	Leader  bool   `json:"leader"` // of the cluster state
+	Voter   bool   `json:"voter"`
+	Error   string `json:"error,omitempty"` // why it is not reached
+}
+
+// ClusterStatus is everything that `blockstep status` shows.
+type ClusterStatus struct {
+	Cluster string         `json:"cluster"`
+	Node    string         `json:"node"` // the node that answers
+	Version string         `json:"version"`
+	Leader  string         `json:"raft_leader"` // "" when there is none
+	Term    uint64         `json:"raft_term"`
+	Quorum  bool           `json:"quorum"` // the cluster state can change
+	Nodes   []NodeStatus   `json:"nodes"`
+	Volumes []VolumeStatus `json:"volumes"`
+}
+
+// Event is one thing that happened.
+type Event struct {
+	Cursor string    `json:"cursor"` // pass it as since to go on after this event
+	Time   time.Time `json:"time"`
+	Node   string    `json:"node,omitempty"` // that it is about, or that noticed it
+	Volume string    `json:"volume,omitempty"`
+	Kind   string    `json:"kind"`
+	Text   string    `json:"text"`
+}
+
+// CreateVolume asks for a volume.
+type CreateVolume struct {
+	Name     string            `json:"name"`
+	Size     int64             `json:"size"` // bytes
+	Replicas []string          `json:"replicas,omitempty"`
+	Devices  map[string]string `json:"devices,omitempty"` // node: path of its backing device
+	Ack      string            `json:"ack,omitempty"`
+	MinCopy  int               `json:"min_copies,omitempty"`
+}
+
+// Resize asks for another size.
+type Resize struct {
+	Size int64 `json:"size"` // bytes
+}
+
+// Switchover asks for another primary, with nothing lost.
+type Switchover struct {
+	To string `json:"to"`
+}
+
+// Failover asks for a new primary because the old one is gone.
+type Failover struct {
+	To             string `json:"to,omitempty"`
+	Force          bool   `json:"force,omitempty"`
+	AcceptDataLoss bool   `json:"accept_data_loss,omitempty"`
+}
+
+// FailoverResult says what a failover did.
+type FailoverResult struct {
+	Primary string `json:"primary"`
+	Epoch   uint64 `json:"epoch"`
+	Lost    string `json:"lost,omitempty"` // what may be gone, after a forced one
+}
+
+// Invalidate asks to resync one replica anew.
+type Invalidate struct {
+	Node string `json:"node"`
+}
+
+// Verify asks to compare the replicas.
+type Verify struct {
+	Repair bool `json:"repair,omitempty"`
+}
+
+// VerifyProgress is a line of a running verify; the last has Done.
+type VerifyProgress struct {
+	DoneBytes  int64          `json:"done_bytes"`
+	TotalBytes int64          `json:"total_bytes"`
+	Done       bool           `json:"done"`
+	Found      []VerifyExtent `json:"found,omitempty"`
+	Err        *Error         `json:"error,omitempty"`
+}
+
+// VerifyExtent is a range in which a replica differs.
+type VerifyExtent struct {
+	Node     string `json:"node"`
+	Offset   uint64 `json:"offset"`
+	Length   uint64 `json:"length"`
+	Repaired bool   `json:"repaired"`
+}
+
+// AddNode asks for a new member.
+type AddNode struct {
+	Name    string `json:"name"`
+	Address string `json:"address"`
+	Witness bool   `json:"witness,omitempty"`
+}
+
+// Attach asks for a kernel device.
+type Attach struct {
+	Device      string `json:"device,omitempty"` // /dev/nbdN; "": a free one
+	Connections int    `json:"connections,omitempty"`
+	ReadOnly    bool   `json:"read_only,omitempty"`
+}
+
+// Attachment is a volume on a kernel device.
+type Attachment struct {
+	Volume      string `json:"volume"`
+	Device      string `json:"device"`
+	Connections int    `json:"connections"`
+	ReadOnly    bool   `json:"read_only"`
+	Lost        string `json:"lost,omitempty"` // why the device fails all I/O; "" while it serves
+}
+
+// Code classifies an Error; the CLI makes its exit code from it.
+type Code string
+
+// The classes.
+const (
+	CodeRefused  Code = "refused"   // it would lose data, or does not fit the state
+	CodeFailed   Code = "failed"    // it was tried
+	CodeNotFound Code = "not_found" // no such volume or node
+	CodeUsage    Code = "usage"     // the request itself is wrong
+	CodeTimeout  Code = "timeout"   // its outcome is not known, or it goes on
+	CodeReadOnly Code = "read_only" // changing is not allowed from there
+)
+
+// Error is an answer that is not success.
+type Error struct {
+	Code    Code   `json:"code"`
+	Message string `json:"error"`
+	Next    string `json:"next,omitempty"` // what to do now
+}
+
+// Error puts the message and the next step in one line.
+func (e *Error) Error() string {
+	if e.Next == "" {
+		return e.Message
+	}
+	return e.Message + "; " + e.Next
+}
+
+// Errorf makes an Error; next says what to do now.
+func Errorf(code Code, next, format string, args ...any) *Error {
+	return &Error{Code: code, Next: next, Message: fmt.Sprintf(format, args...)}
+}

@@ -1,0 +1,437 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/raft/state"
+)
+
+const (
+	// createTime is how long a new volume may take until it serves.
+	createTime = 30 * time.Second
+	// changeTime bounds the other changes.
+	changeTime = 30 * time.Second
+	// forceTime bounds a failover: it may wait for leases to run out.
+	forceTime = 60 * time.Second
+	// missingTime is how long a volume that is not known here is waited for: it
+	// may have been created through another node a moment ago.
+	missingTime = 500 * time.Millisecond
+	// everywhereTime is how long a change is waited for on the other nodes that
+	// are up.
+	everywhereTime = 3 * time.Second
+	// adminStopTime is what a stopping admin server gives its requests.
+	adminStopTime = 2 * time.Second
+)
+
+// adminServer serves the admin API on the admin socket, and its reading half on
+// the node's port.
+type adminServer struct {
+	local, remote *http.Server
+}
+
+func (d *Daemon) openAdmin() error {
+	l := d.cfg.Admin.Listen
+	ln, err := nbd.Listen(l.String(), nbd.SocketOptions{Mode: l.Mode, Group: l.Group})
+	if err != nil {
+		return listenError("admin.listen", l.String(), err)
+	}
+	d.admin = &adminServer{
+		local:  newHTTPServer(control.Handler(backend{d}, d.log, false), d.log),
+		remote: newHTTPServer(control.Handler(backend{d}, d.log, true), d.log),
+	}
+	serve := func(s *http.Server, ln net.Listener) {
+		d.wg.Go(func() {
+			if err := s.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+				d.fail(fmt.Errorf("serving the admin API: %w", err))
+			}
+		})
+	}
+	serve(d.admin.local, ln)
+	serve(d.admin.remote, d.mux.HTTP())
+	return nil
+}
+
+func newHTTPServer(h http.Handler, logger *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10,
+		ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+	}
+}
+
+// close ends the servers: what is under way gets a moment. It may be called on
+// nil.
+func (a *adminServer) close() {
+	if a == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), adminStopTime)
+	defer cancel()
+	for _, s := range []*http.Server{a.local, a.remote} {
+		if s.Shutdown(ctx) != nil {
+			_ = s.Close() // its requests have had their time
+		}
+	}
+}
+
+// backend does what the admin API is asked for.
+type backend struct{ d *Daemon }
+
+var _ control.Backend = backend{}
+
+// ready is an error while this node is no member of a cluster yet.
+func (b backend) ready() error {
+	if b.d.state().ClusterID != "" {
+		return nil
+	}
+	f := b.d.raft.Founding()
+	if f.Refused != nil {
+		return control.Errorf(control.CodeFailed, "", "%v", f.Refused)
+	}
+	why := f.Waiting
+	if why == "" {
+		why = "waiting for a Raft leader"
+	}
+	return control.Errorf(control.CodeFailed, "start blockstepd on all nodes of the configuration", "the cluster is not founded yet: %s", why)
+}
+
+// waitReady waits until the node is a member, as long as ctx allows.
+func (b backend) waitReady(ctx context.Context) error {
+	if b.d.until(ctx, func(s *state.State) bool { return s.ClusterID != "" }) {
+		return nil
+	}
+	return b.ready()
+}
+
+// find finds a volume by its name.
+func (b backend) find(ctx context.Context, name string) (*state.Volume, error) {
+	if err := b.ready(); err != nil {
+		return nil, err
+	}
+	wait, cancel := context.WithTimeout(ctx, missingTime)
+	defer cancel()
+	var sv *state.Volume
+	if b.d.until(wait, func(s *state.State) bool { sv = s.Volume(name); return sv != nil }) {
+		return sv, nil
+	}
+	var names []string
+	for _, v := range b.d.state().Live() {
+		names = append(names, v.Name)
+	}
+	next := "there are no volumes; make one with blockstep volume create NAME --size 10GiB"
+	if len(names) > 0 {
+		next = "there are: " + strings.Join(names, ", ")
+	}
+	return nil, control.Errorf(control.CodeNotFound, next, "there is no volume %q", name)
+}
+
+// Status implements control.Backend.
+func (b backend) Status(ctx context.Context) (control.ClusterStatus, error) {
+	if err := b.ready(); err != nil {
+		return control.ClusterStatus{}, err
+	}
+	return b.d.clusterStatus(ctx), nil
+}
+
+// Volumes implements control.Backend.
+func (b backend) Volumes(ctx context.Context) ([]control.VolumeStatus, error) {
+	if err := b.ready(); err != nil {
+		return nil, err
+	}
+	return b.d.volumeStatuses(ctx), nil
+}
+
+// VolumeStatus implements control.Backend.
+func (b backend) VolumeStatus(ctx context.Context, name string) (control.VolumeStatus, error) {
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return control.VolumeStatus{}, err
+	}
+	return b.d.volumeStatus(ctx, sv), nil
+}
+
+// CreateVolume implements control.Backend.
+func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (control.VolumeStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, createTime)
+	defer cancel()
+	var none control.VolumeStatus
+	if err := config.CheckName("volume", r.Name); err != nil {
+		return none, control.Errorf(control.CodeUsage, "", "%v", err)
+	}
+	if r.Size <= 0 {
+		return none, control.Errorf(control.CodeUsage, "write it like --size 10GiB", "a volume needs a size")
+	}
+	if err := b.waitReady(ctx); err != nil {
+		return none, err
+	}
+	cmd, err := b.createCommand(r)
+	if err != nil {
+		return none, err
+	}
+	res, err := b.d.applyWhole(ctx, state.Command{CreateVolume: cmd})
+	if err != nil {
+		return none, err
+	}
+	return b.awaitServing(ctx, res.Volume, cmd)
+}
+
+func (b backend) createCommand(r control.CreateVolume) (*state.CreateVolume, error) {
+	st := b.d.state()
+	cmd := &state.CreateVolume{Name: r.Name, ID: newVolumeID(), Size: uint64(r.Size)}
+	cmd.Options = state.Options{
+		Ack: state.AckMode(r.Ack), MinCopies: r.MinCopy,
+		OnNoQuorum: b.d.cfg.Volume.OnNoQuorum, AfterPowerLoss: b.d.cfg.Volume.AfterPowerLoss,
+		ErrorAfterMillis: b.d.cfg.Volume.NoQuorumTimeout.Milliseconds(),
+	}
+	if r.Ack == "" {
+		cmd.Options.Ack = state.AckMode(b.d.cfg.Volume.Ack)
+	}
+	names := r.Replicas
+	if len(names) == 0 {
+		for _, n := range st.NodeNames() {
+			if !st.Nodes[n].Witness {
+				names = append(names, string(n))
+			}
+		}
+	}
+	for node := range r.Devices {
+		if !slices.Contains(names, node) {
+			return nil, control.Errorf(control.CodeUsage, "the replicas are on "+strings.Join(names, ", "), "--device names %s, which has no replica", node)
+		}
+	}
+	for _, n := range names {
+		cmd.Replicas = append(cmd.Replicas, state.Replica{Node: ident.Node(n), Device: r.Devices[n]})
+	}
+	return cmd, nil
+}
+
+// awaitServing waits until a new volume has a primary in office, and is open on
+// every node that is up.
+func (b backend) awaitServing(ctx context.Context, id ident.Volume, cmd *state.CreateVolume) (control.VolumeStatus, error) {
+	d := b.d
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		sv := d.state().Volumes[id]
+		if sv != nil && d.primaryReport(ctx, sv).serving() {
+			d.awaitEverywhere(ctx, id, func(r volumeReport) bool { return r.Open })
+			return d.volumeStatus(ctx, sv), nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			why := ""
+			if sv != nil {
+				look, cancel := context.WithTimeout(context.Background(), 2*askNode)
+				why = d.volumeStatus(look, sv).Reason
+				cancel()
+			}
+			return control.VolumeStatus{}, control.Errorf(control.CodeTimeout, "it goes on by itself once they are up: blockstep wait "+cmd.Name+" --for primary",
+				"volume %s is created but does not serve after %v: %s", cmd.Name, createTime, why)
+		}
+	}
+}
+
+// awaitEverywhere waits until a change of a volume is seen on every node that is
+// up, so that whoever asked for it finds it there too.
+func (d *Daemon) awaitEverywhere(ctx context.Context, id ident.Volume, seen func(volumeReport) bool) {
+	ctx, cancel := context.WithTimeout(ctx, everywhereTime)
+	defer cancel()
+	for _, n := range d.state().NodeNames() {
+		for n == d.self || d.linkUp(n) {
+			if r := d.reportOf(ctx, n, id); !r.Reached || seen(r) || !pause(ctx, 10*time.Millisecond) {
+				break
+			}
+		}
+	}
+}
+
+// DeleteVolume implements control.Backend.
+func (b backend) DeleteVolume(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return err
+	}
+	_, err = b.d.applyWhole(ctx, state.Command{DeleteVolume: &state.DeleteVolume{Volume: sv.ID}})
+	if err == nil {
+		b.d.awaitEverywhere(ctx, sv.ID, func(r volumeReport) bool { return r.View.ID == 0 || r.View.Deleted })
+	}
+	return err
+}
+
+// ResizeVolume implements control.Backend.
+func (b backend) ResizeVolume(ctx context.Context, name string, r control.Resize) (control.VolumeStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return control.VolumeStatus{}, err
+	}
+	if r.Size <= 0 {
+		return control.VolumeStatus{}, control.Errorf(control.CodeUsage, "write it like 20GiB", "a volume needs a size")
+	}
+	if _, err := b.d.applyWhole(ctx, state.Command{ResizeVolume: &state.ResizeVolume{Volume: sv.ID, Size: uint64(r.Size)}}); err != nil {
+		return control.VolumeStatus{}, err
+	}
+	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool { return v.View.Size >= uint64(r.Size) })
+	return b.VolumeStatus(ctx, name)
+}
+
+// Switchover implements control.Backend.
+func (b backend) Switchover(ctx context.Context, name string, r control.Switchover) (control.VolumeStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return control.VolumeStatus{}, err
+	}
+	if err := b.checkNode(r.To); err != nil {
+		return control.VolumeStatus{}, err
+	}
+	if err := b.d.switchover(ctx, sv.ID, ident.Node(r.To)); err != nil {
+		return control.VolumeStatus{}, err
+	}
+	return b.VolumeStatus(ctx, name)
+}
+
+func (b backend) checkNode(name string) error {
+	st := b.d.state()
+	if st.Nodes[ident.Node(name)] != nil {
+		return nil
+	}
+	var names []string
+	for _, n := range st.NodeNames() {
+		names = append(names, string(n))
+	}
+	return control.Errorf(control.CodeNotFound, "the nodes are "+strings.Join(names, ", "), "there is no node %q", name)
+}
+
+// Failover implements control.Backend.
+func (b backend) Failover(ctx context.Context, name string, r control.Failover) (control.FailoverResult, error) {
+	var none control.FailoverResult
+	ctx, cancel := context.WithTimeout(ctx, forceTime)
+	defer cancel()
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return none, err
+	}
+	if r.Force != r.AcceptDataLoss {
+		return none, control.Errorf(control.CodeUsage, "give both, or neither", "force and accept_data_loss go together")
+	}
+	if r.To != "" {
+		if err := b.checkNode(r.To); err != nil {
+			return none, err
+		}
+	}
+	if st := b.d.primaryReport(ctx, sv); st.serving() {
+		return none, control.Errorf(control.CodeRefused, fmt.Sprintf("to move it, run blockstep switchover %s --to NODE", name), "the primary %s of %s serves: there is nothing to fail over from", sv.Primary, name)
+	}
+	res, err := b.d.operate(ctx, operatorCall{Volume: sv.ID, To: ident.Node(r.To), Force: r.Force})
+	if err != nil {
+		return none, err
+	}
+	out := control.FailoverResult{Epoch: uint64(res.Epoch)}
+	if now := b.d.state().Volumes[sv.ID]; now != nil {
+		out.Primary, out.Epoch = string(now.Primary), uint64(now.Epoch)
+	}
+	if res.Loss != state.LossNone || r.Force {
+		out.Lost = "answered writes that only the missing replicas hold are gone; every NBD session from before ends with an error. A primary that still runs on a side that cannot be reached is not stopped by this: make sure that it is off."
+	}
+	return out, nil
+}
+
+// Invalidate implements control.Backend.
+func (b backend) Invalidate(ctx context.Context, name string, r control.Invalidate) error {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return err
+	}
+	if err := b.checkNode(r.Node); err != nil {
+		return err
+	}
+	if ident.Node(r.Node) == b.d.self {
+		return b.d.invalidateHere(ctx, sv)
+	}
+	err = b.d.rpc.call(ctx, ident.Node(r.Node), "/node/v1/invalidate", volumeCall{sv.ID}, nil)
+	var e *control.Error
+	if err != nil && !errors.As(err, &e) {
+		return control.Errorf(control.CodeFailed, "start blockstepd on "+r.Node, "%s cannot be asked: %v", r.Node, err)
+	}
+	return err
+}
+
+// Events implements control.Backend.
+func (b backend) Events(ctx context.Context, since string, follow bool, emit func(control.Event) error) error {
+	at, err := parseCursor(since)
+	if err != nil {
+		return err
+	}
+	clusterNews, stop := b.d.raft.Watch()
+	defer stop()
+	localNews, stopLocal := b.d.local.watch()
+	defer stopLocal()
+	for {
+		if err := b.emitEvents(&at, emit); err != nil {
+			return err
+		}
+		if !follow {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-b.d.ctx.Done():
+			return nil
+		case <-clusterNews:
+		case <-localNews:
+		}
+	}
+}
+
+// emitEvents emits what is after the cursor, in order of time.
+func (b backend) emitEvents(at *eventCursor, emit func(control.Event) error) error {
+	type item struct {
+		control.Event
+		local bool
+		id    uint64
+	}
+	var items []item
+	clusterEvents, gap := b.d.state().EventsSince(at.cluster)
+	if gap && at.cluster > 0 {
+		items = append(items, item{Event: control.Event{Kind: "gap", Text: "older events have been dropped", Time: time.Unix(0, clusterEvents[0].Time)}, id: clusterEvents[0].ID - 1})
+	}
+	for _, e := range clusterEvents {
+		items = append(items, item{Event: control.Event{Time: time.Unix(0, e.Time), Node: string(e.Node), Volume: e.Volume, Kind: e.Name, Text: e.Text}, id: e.ID})
+	}
+	for _, e := range b.d.local.since(at.local) {
+		items = append(items, item{Event: e.Event, local: true, id: e.id})
+	}
+	slices.SortStableFunc(items, func(x, y item) int { return x.Time.Compare(y.Time) })
+	for _, it := range items {
+		if it.local {
+			at.local = max(at.local, it.id)
+		} else {
+			at.cluster = max(at.cluster, it.id)
+		}
+		it.Cursor = at.String()
+		if err := emit(it.Event); err != nil {
+			return err
+		}
+	}
+	return nil
+}

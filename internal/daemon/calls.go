@@ -1,0 +1,33 @@
+package daemon
+
+import (
+	"context"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft"
+)
+
+// addCalls registers what other nodes may ask of this one.
+func (d *Daemon) addCalls() {
+	handle(d.rpcd, "/node/v1/founding", func(context.Context, ident.Node, struct{}) (raft.FoundInfo, error) {
+		return d.raft.FoundInfo(), nil
+	})
+	handle(d.rpcd, "/node/v1/apply", d.serveApply)
+	handle(d.rpcd, "/node/v1/report", d.serveReport)
+	handle(d.rpcd, "/node/v1/seal", d.serveSeal)
+	handle(d.rpcd, "/node/v1/drain", d.serveDrain)
+	handle(d.rpcd, "/node/v1/operate", d.serveOperate)
+	handle(d.rpcd, "/node/v1/volume", d.serveReportOf)
+	handle(d.rpcd, "/node/v1/member", d.serveMember)
+	handle(d.rpcd, "/node/v1/pause", d.servePause)
+	handle(d.rpcd, "/node/v1/doubt", d.serveDoubt)
+	handle(d.rpcd, "/node/v1/changed", d.serveChanged)
+	handle(d.rpcd, "/node/v1/invalidate", func(ctx context.Context, _ ident.Node, c volumeCall) (struct{}, error) {
+		sv := d.state().Volumes[c.Volume]
+		if sv == nil || sv.Deleted {
+			return struct{}{}, control.Errorf(control.CodeNotFound, "", "no such volume on %s", d.self)
+		}
+		return struct{}{}, d.invalidateHere(ctx, sv)
+	})
+}

@@ -1,0 +1,521 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/nbd/nbdtest"
+)
+
+// testNode is one daemon of a test, in this process.
+type testNode struct {
+	t      *testing.T
+	name   string
+	dir    string
+	file   string // configuration
+	client *control.Client
+	log    *logBuffer
+
+	stop context.CancelFunc
+	done chan error
+}
+
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// newCluster starts three nodes on loopback; extra is added to their
+// configurations.
+func newCluster(t *testing.T, extra string, witness ...string) map[string]*testNode {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "bsd-") // a socket's path must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	names := []string{"alpha", "beta", "gamma"}
+	var nodes strings.Builder
+	for _, n := range names {
+		fmt.Fprintf(&nodes, "  %s: {address: %q, witness: %v}\n", n, freeAddress(t), len(witness) > 0 && witness[0] == n)
+	}
+	out := map[string]*testNode{}
+	for _, name := range names {
+		n := &testNode{t: t, name: name, dir: filepath.Join(dir, name), log: &logBuffer{}}
+		n.file = filepath.Join(dir, name+".yaml")
+		text := fmt.Sprintf("cluster: test\nnode: %s\ndata_dir: %s\nnodes:\n%snbd: {listen: [%q]}\nadmin: {listen: %q}\nmetrics: {listen: %q}\n%s",
+			name, n.dir, nodes.String(), "unix://"+n.sock("nbd"), "unix://"+n.sock("adm"), freeAddress(t), extra)
+		if err := os.WriteFile(n.file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if n.client, err = control.Dial("unix://" + n.sock("adm")); err != nil {
+			t.Fatal(err)
+		}
+		out[name] = n
+	}
+	t.Cleanup(func() {
+		for _, n := range out {
+			n.halt()
+			if t.Failed() {
+				t.Logf("log of %s:\n%s", n.name, n.log)
+			}
+		}
+	})
+	for _, n := range out {
+		n.start()
+	}
+	for _, n := range out {
+		n.eventually(20*time.Second, "it is a member", func(ctx context.Context) error {
+			_, err := n.client.Nodes(ctx)
+			return err
+		})
+	}
+	return out
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func (n *testNode) sock(what string) string { return n.dir + "." + what }
+
+func (n *testNode) config() *config.Config {
+	n.t.Helper()
+	cfg, err := config.Load(n.file, nil)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return cfg
+}
+
+func (n *testNode) start() {
+	n.t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	n.stop, n.done = stop, make(chan error, 1)
+	cfg := n.config()
+	go func() { n.done <- Run(ctx, cfg, slog.New(slog.NewTextHandler(n.log, nil))) }()
+}
+
+// halt stops the node cleanly and waits for it.
+func (n *testNode) halt() {
+	n.t.Helper()
+	if n.stop == nil {
+		return
+	}
+	n.stop()
+	n.stop = nil
+	n.client.Close()
+	select {
+	case err := <-n.done:
+		if err != nil {
+			n.t.Errorf("%s ended with %v", n.name, err)
+		}
+	case <-time.After(30 * time.Second):
+		n.t.Fatalf("%s does not stop", n.name)
+	}
+}
+
+// eventually asks until it gets nil.
+func (n *testNode) eventually(limit time.Duration, what string, ask func(context.Context) error) {
+	n.t.Helper()
+	ctx, cancel := context.WithTimeout(n.t.Context(), limit)
+	defer cancel()
+	for {
+		err := ask(ctx)
+		if err == nil {
+			return
+		}
+		if !pause(ctx, 20*time.Millisecond) {
+			n.t.Fatalf("%s: not within %v: %s: %v", n.name, limit, what, err)
+		}
+	}
+}
+
+func (n *testNode) create(name string, size int64) control.VolumeStatus {
+	n.t.Helper()
+	v, err := n.client.CreateVolume(n.t.Context(), control.CreateVolume{Name: name, Size: size})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return v
+}
+
+func (n *testNode) status(name string) control.VolumeStatus {
+	n.t.Helper()
+	v, err := n.client.VolumeStatus(n.t.Context(), name)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return v
+}
+
+func (n *testNode) healthy(name string) {
+	n.t.Helper()
+	n.eventually(30*time.Second, name+" is healthy", func(ctx context.Context) error {
+		v, err := n.client.VolumeStatus(ctx, name)
+		if err == nil && v.Health != control.Healthy {
+			err = errors.New(string(v.Health) + ": " + v.Reason)
+		}
+		return err
+	})
+}
+
+func (n *testNode) open(export string) *nbdtest.Client {
+	n.t.Helper()
+	c, err := nbdtest.Dial(n.t.Context(), "unix://"+n.sock("nbd"), export, nbdtest.Options{})
+	if err != nil {
+		n.t.Fatalf("opening %s at %s: %v", export, n.name, err)
+	}
+	n.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func (n *testNode) read(export string, off uint64, size int) []byte {
+	n.t.Helper()
+	c := n.open(export)
+	p := make([]byte, size)
+	if err := c.ReadAt(n.t.Context(), p, off); err != nil {
+		n.t.Fatalf("reading %s at %s: %v", export, n.name, err)
+	}
+	return p
+}
+
+// TestTheWholeThing is a day in the life of a volume: created, written through
+// one node and read through the others, switched over, resized, listed, its
+// nodes stopped and started, deleted.
+func TestTheWholeThing(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, beta := nodes["alpha"], nodes["beta"]
+	v := alpha.create("db", 16<<20)
+	if v.Primary == "" || v.Epoch == 0 {
+		t.Errorf("created: %+v", v)
+	}
+	beta.healthy("db")
+
+	c := beta.open("db")
+	want := bytes.Repeat([]byte("blockstep"), 1000)
+	if err := c.WriteAt(t.Context(), want, 4097); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		if !bytes.Equal(n.read("db", 4097, len(want)), want) {
+			t.Errorf("read through %s differs", n.name)
+		}
+	}
+	alpha.eventually(10*time.Second, "each replica has applied it", func(context.Context) error {
+		for name := range nodes {
+			if !bytes.Equal(alpha.read("db@"+name, 4097, len(want)), want) {
+				return errors.New(name)
+			}
+		}
+		return nil
+	})
+
+	for _, to := range []string{"gamma", "beta", "alpha"} {
+		v, err := beta.client.Switchover(t.Context(), "db", control.Switchover{To: to})
+		if err != nil || v.Primary != to {
+			t.Fatalf("switchover to %s: %+v, %v", to, v, err)
+		}
+		if err := c.WriteAt(t.Context(), []byte(to), 0); err != nil {
+			t.Fatalf("after the switchover to %s: %v", to, err)
+		}
+	}
+	if v, err := alpha.client.ResizeVolume(t.Context(), "db", control.Resize{Size: 32 << 20}); err != nil || v.Size != 32<<20 {
+		t.Errorf("resize: %+v, %v", v, err)
+	}
+	if got := beta.open("db").Size(); got != 32<<20 {
+		t.Errorf("a new session sees %d bytes", got)
+	}
+
+	for _, n := range nodes {
+		n.halt()
+		n.start()
+		alpha.healthy("db")
+	}
+	if got := beta.read("db", 0, 5); string(got) != "alpha" {
+		t.Errorf("after each node was restarted: %q", got)
+	}
+
+	var kinds []string
+	if err := beta.client.Events(t.Context(), "", false, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"cluster-founded", "volume-created", "promoted", "volume-resized"} {
+		if !strings.Contains(strings.Join(kinds, " "), want) {
+			t.Errorf("no %q among the events %v", want, kinds)
+		}
+	}
+	if err := beta.client.DeleteVolume(t.Context(), "db"); err != nil {
+		t.Fatal(err)
+	}
+	var e *control.Error
+	if _, err := alpha.client.VolumeStatus(t.Context(), "db"); !errors.As(err, &e) || e.Code != control.CodeNotFound {
+		t.Errorf("status of a deleted volume: %v", err)
+	}
+	alpha.eventually(10*time.Second, "its replica is removed", func(context.Context) error {
+		left, err := filepath.Glob(filepath.Join(alpha.dir, volumesDir, "*"))
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("%v", left)
+		}
+		return err
+	})
+}
+
+// TestAStoppedNodeHandsOver: SIGTERM of the primary's node costs a switchover,
+// and no lapsed lease.
+func TestAStoppedNodeHandsOver(t *testing.T) {
+	nodes := newCluster(t, "")
+	v := nodes["alpha"].create("db", 16<<20)
+	nodes["alpha"].healthy("db")
+	var via *testNode
+	for name, n := range nodes {
+		if name != v.Primary {
+			via = n
+		}
+	}
+	c := via.open("db")
+	ctx, cancel := context.WithCancel(t.Context())
+	longest := make(chan time.Duration, 1)
+	go func() {
+		var slowest time.Duration
+		for ctx.Err() == nil {
+			began := time.Now()
+			if err := c.WriteAt(t.Context(), []byte("x"), 0); err != nil {
+				t.Error(err)
+				break
+			}
+			slowest = max(slowest, time.Since(began))
+		}
+		longest <- slowest
+	}()
+	nodes[v.Primary].halt()
+	cancel()
+	if got := <-longest; got > 1400*time.Millisecond {
+		t.Errorf("a write waited %v, which is a lapsed lease (1.5s) and no switchover", got)
+	}
+	if now := via.status("db"); now.Primary == v.Primary || now.Primary == "" {
+		t.Errorf("primary is %q", now.Primary)
+	}
+}
+
+// TestAWipedReplica: a replica whose files are gone is not made anew behind the
+// operator's back; invalidate does it, and it comes back with the content.
+func TestAWipedReplica(t *testing.T) {
+	nodes := newCluster(t, "")
+	v := nodes["alpha"].create("db", 16<<20)
+	nodes["alpha"].healthy("db")
+	var victim, via *testNode
+	for name, n := range nodes {
+		if name == v.Primary {
+			via = n
+		} else {
+			victim = n
+		}
+	}
+	want := bytes.Repeat([]byte{7}, 65536)
+	if err := via.open("db").WriteAt(t.Context(), want, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	victim.halt()
+	if err := os.RemoveAll(filepath.Join(victim.dir, volumesDir)); err != nil {
+		t.Fatal(err)
+	}
+	victim.start()
+	via.eventually(20*time.Second, "it is called wiped", func(context.Context) error {
+		for _, r := range via.status("db").Replicas {
+			if r.Node == victim.name && r.State == control.Failed && strings.Contains(r.Reason, "gone") {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", via.status("db"))
+	})
+	if got := victim.read("db", 1<<20, len(want)); !bytes.Equal(got, want) {
+		t.Error("its clients do not read the volume through the others")
+	}
+	if err := via.client.Invalidate(t.Context(), "db", control.Invalidate{Node: victim.name}); err != nil {
+		t.Fatal(err)
+	}
+	via.healthy("db")
+	if got := via.read("db@"+victim.name, 1<<20, len(want)); !bytes.Equal(got, want) {
+		t.Error("the replica came back without its content")
+	}
+}
+
+// TestAReplacedNode: an empty data directory under a known name is refused, and
+// node replace accepts it.
+func TestAReplacedNode(t *testing.T) {
+	nodes := newCluster(t, "")
+	nodes["alpha"].create("db", 16<<20)
+	nodes["alpha"].healthy("db")
+	victim, via := nodes["gamma"], nodes["alpha"]
+	if err := via.open("db").WriteAt(t.Context(), []byte("precious"), 0); err != nil {
+		t.Fatal(err)
+	}
+	victim.halt()
+	if err := os.RemoveAll(victim.dir); err != nil {
+		t.Fatal(err)
+	}
+	victim.start()
+	victim.eventually(20*time.Second, "it is refused", func(ctx context.Context) error {
+		_, err := victim.client.Nodes(ctx)
+		if err != nil && strings.Contains(err.Error(), "node replace gamma") {
+			return nil
+		}
+		return fmt.Errorf("it says %w", err)
+	})
+	via.eventually(20*time.Second, "node replace", func(ctx context.Context) error { return via.client.ChangeNode(ctx, "gamma", "replace") })
+	via.healthy("db")
+	if got := victim.read("db@gamma", 0, 8); string(got) != "precious" {
+		t.Errorf("the replaced replica has %q", got)
+	}
+}
+
+// TestWitness: two replicas and a witness serve on when a replica's node goes.
+func TestWitness(t *testing.T) {
+	nodes := newCluster(t, "", "gamma")
+	v := nodes["gamma"].create("db", 16<<20)
+	if len(v.Replicas) != 2 {
+		t.Fatalf("replicas: %+v", v.Replicas)
+	}
+	nodes["gamma"].healthy("db")
+	c := nodes["gamma"].open("db")
+	nodes[v.Primary].halt()
+	if err := c.WriteAt(t.Context(), []byte("on"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := nodes["gamma"].status("db"); got.Health != control.Degraded {
+		t.Errorf("health is %s: %s", got.Health, got.Reason)
+	}
+}
+
+// TestMetricsAndReadiness scrapes a node.
+func TestMetricsAndReadiness(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
+	alpha.create("db", 16<<20)
+	base := "http://" + alpha.config().Metrics.Listen
+	get := func(path string) (int, string) {
+		resp, err := http.Get(base + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(body)
+	}
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if code, body := get(path); code != http.StatusOK {
+			t.Errorf("%s: %d %s", path, code, body)
+		}
+	}
+	_, metrics := get("/metrics")
+	for _, want := range []string{`blockstep_link_up{peer="beta"} 1`, `blockstep_volume_epoch{volume="db"} 1`, `blockstep_replica_in_sync{replica="gamma",volume="db"} 1`, `blockstep_nbd_request_seconds_bucket{op="write"`} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("no %s in the metrics", want)
+		}
+	}
+}
+
+// TestDrain: a fourth node joins, takes the replica of one that is drained, and
+// that one can be removed.
+func TestDrain(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, gamma := nodes["alpha"], nodes["gamma"]
+	alpha.create("db", 16<<20)
+	alpha.healthy("db")
+	if _, err := alpha.client.Switchover(t.Context(), "db", control.Switchover{To: "gamma"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := gamma.open("db").WriteAt(t.Context(), []byte("moved"), 8192); err != nil {
+		t.Fatal(err)
+	}
+	var e *control.Error
+	if err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room") {
+		t.Fatalf("drain with nowhere to go: %v", err)
+	}
+	if now := alpha.status("db"); now.Primary == "gamma" {
+		t.Error("gamma is still primary")
+	}
+
+	delta := &testNode{t: t, name: "delta", dir: filepath.Join(filepath.Dir(alpha.dir), "delta"), log: &logBuffer{}}
+	delta.file = delta.dir + ".yaml"
+	raw, err := os.ReadFile(alpha.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := freeAddress(t)
+	text := strings.NewReplacer(alpha.dir, delta.dir, "node: alpha", "node: delta", alpha.config().Metrics.Listen, freeAddress(t),
+		"nodes:\n", fmt.Sprintf("nodes:\n  delta: {address: %q}\n", address)).Replace(string(raw))
+	if err := os.WriteFile(delta.file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if delta.client, err = control.Dial("unix://" + delta.sock("adm")); err != nil {
+		t.Fatal(err)
+	}
+	delta.start()
+	defer delta.halt()
+	alpha.eventually(20*time.Second, "node add", func(ctx context.Context) error {
+		return alpha.client.AddNode(ctx, control.AddNode{Name: "delta", Address: address})
+	})
+	alpha.eventually(20*time.Second, "the link to delta", func(ctx context.Context) error {
+		list, err := alpha.client.Nodes(ctx)
+		for _, n := range list {
+			if n.Name == "delta" && n.Up {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v, %w", list, err)
+	})
+	if err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); err != nil {
+		t.Fatalf("drain: %v", err)
+	}
+	alpha.healthy("db")
+	if got := delta.read("db@delta", 8192, 5); string(got) != "moved" {
+		t.Errorf("the new replica has %q", got)
+	}
+	if err := alpha.client.ChangeNode(t.Context(), "gamma", "remove"); err != nil {
+		t.Errorf("remove: %v", err)
+	}
+}

@@ -1,0 +1,367 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/mux"
+	"github.com/blockstep/blockstep/internal/vfs"
+	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/nbd/attach"
+	"github.com/blockstep/blockstep/raft"
+	"github.com/blockstep/blockstep/raft/state"
+	"github.com/blockstep/blockstep/replication"
+	"github.com/blockstep/blockstep/replication/peer"
+)
+
+const (
+	// drainTime is how long a stopping daemon waits for the answers to what
+	// NBD clients have in flight. Without a quorum they would never come.
+	drainTime = 8 * time.Second
+	// handOverTime is how long a stopping daemon takes to give its volumes to
+	// other nodes, before the clients would notice that it is gone.
+	handOverTime = 5 * time.Second
+)
+
+// Daemon is one running node.
+type Daemon struct {
+	cfg    *config.Config
+	log    *slog.Logger
+	self   ident.Node
+	fs     vfs.FS
+	bootID string
+	start  time.Time
+
+	ctx    context.Context // ends when the daemon stops; of everything that wg counts
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	fatal  chan error // the first one stops the daemon
+
+	mux      *mux.Mux
+	rpc      *rpcClient
+	rpcd     *rpcServer
+	raft     *raft.Node
+	failover *raft.Controller
+	links    *peer.Manager
+	alive    *replication.AliveClock
+	nbd      *nbd.Server
+	attach   *attach.Manager
+	admin    *adminServer
+	metrics  *metricsServer
+	local    *localEvents
+	remarks  chan state.Event
+	current  chan struct{} // closed when the cluster state here is known to be no old one
+
+	vmu  sync.RWMutex // guards what follows
+	vols map[ident.Volume]*volume
+	up   map[ident.Node]bool // links that are up
+
+	rmu       sync.Mutex // guards what follows
+	reporting map[reportKey]bool
+	problems  map[ident.Volume]error // why a replica of this node is not open
+}
+
+// Run runs a node until ctx ends, and stops it cleanly. It returns the error
+// that kept it from starting or from going on.
+func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger) error {
+	d := &Daemon{
+		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: vfs.OS(), start: time.Now(),
+		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
+		current: make(chan struct{}),
+		vols:    map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
+	}
+	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	defer d.cancel()
+	if err := d.open(ctx); err != nil {
+		d.close()
+		return err
+	}
+	d.log.Info("blockstepd is ready", "cluster", cfg.Cluster, "address", cfg.Self().Address, "data_dir", cfg.DataDir)
+	notify(d.log, "READY=1")
+	var err error
+	select {
+	case <-ctx.Done():
+		d.log.Info("stopping", "reason", context.Cause(ctx))
+	case err = <-d.fatal:
+		d.log.Error("stopping", "err", err)
+	case <-d.raft.Halted():
+		err = d.raft.Err()
+		d.log.Error("stopping", "err", err)
+	}
+	notify(d.log, "STOPPING=1")
+	d.close()
+	d.log.Info("stopped", "up_for", time.Since(d.start).Round(time.Millisecond))
+	return err
+}
+
+// open starts the parts in their order. After an error, close stops those that
+// run.
+func (d *Daemon) open(ctx context.Context) error {
+	if err := d.openFiles(); err != nil {
+		return err
+	}
+	if err := d.openMux(); err != nil {
+		return err
+	}
+	if err := d.openCluster(ctx); err != nil {
+		return err
+	}
+	d.openLinks()
+	d.alive = replication.NewAliveClock(nil, 0)
+	d.wg.Go(func() { d.alive.Run(d.ctx) })
+	d.wg.Go(func() { d.runCurrent(d.ctx) })
+	d.wg.Go(func() { d.runVolumes(d.ctx) })
+	d.wg.Go(func() { d.runRemarks(d.ctx) })
+	if err := d.openNBD(); err != nil {
+		return err
+	}
+	if err := d.openAttach(); err != nil {
+		return err
+	}
+	if err := d.openAdmin(); err != nil {
+		return err
+	}
+	if err := d.openMetrics(); err != nil {
+		return err
+	}
+	d.wg.Go(func() { d.runWatchdog(d.ctx) })
+	return nil
+}
+
+// openFiles makes the data directory and reads the boot id.
+func (d *Daemon) openFiles() error {
+	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("data_dir: %w; make it writable for this user, or set another data_dir in %s", err, d.cfg.File)
+	}
+	// Before the port: with another node's configuration that would be in use,
+	// which is not what is wrong.
+	if err := raft.CheckDir(d.fs, d.cfg.DataDir, d.cfg.Cluster, d.self); err != nil {
+		return err
+	}
+	id, err := readBootID(d.cfg.BootIDFile)
+	if err != nil {
+		return err
+	}
+	d.bootID = id
+	return nil
+}
+
+// openMux listens on the node's one port.
+func (d *Daemon) openMux() error {
+	address := d.cfg.Self().Address
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return listenError("nodes."+d.cfg.Node+".address", address, err)
+	}
+	d.mux = mux.New(l, d.log)
+	d.wg.Go(func() {
+		if err := d.mux.Serve(); err != nil {
+			d.fail(fmt.Errorf("serving %s: %w", address, err))
+		}
+	})
+	d.rpc = newRPCClient(d.cfg.Cluster, d.self, d.addressOf)
+	d.rpcd = newRPCServer(d.cfg.Cluster, d.self, d.log)
+	return nil
+}
+
+// listenError says which key names an address that cannot be listened on.
+func listenError(key, address string, err error) error {
+	next := "check the address in the configuration"
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		next = "stop the process that uses it (ss -ltnp shows it), or choose another address"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		next = "it is no address of this host: correct node or the address"
+	case errors.Is(err, syscall.EACCES):
+		next = "choose a port above 1023, or a directory that this user may write"
+	}
+	return fmt.Errorf("%s: cannot listen on %s: %w; %s", key, address, err, next)
+}
+
+// openCluster opens raft and the failover controller, and begins to serve the
+// other nodes' calls.
+func (d *Daemon) openCluster(ctx context.Context) error {
+	founders := make([]raft.Founder, 0, len(d.cfg.Nodes))
+	for _, n := range d.cfg.Nodes {
+		founders = append(founders, raft.Founder{Name: ident.Node(n.Name), Address: n.Address, Witness: n.Witness})
+	}
+	var err error
+	d.raft, err = raft.Open(ctx, raft.Options{
+		Dir: d.cfg.DataDir, Node: d.self, Cluster: d.cfg.Cluster, Founders: founders, Address: d.cfg.Self().Address,
+		Listener: d.mux.Listener(mux.PrefaceRaft),
+		Dial: func(ctx context.Context, address string) (net.Conn, error) {
+			return mux.Dial(ctx, address, mux.PrefaceRaft)
+		},
+		Peers: d, Logger: d.log, FS: d.fs,
+		HeartbeatTimeout: d.cfg.Raft.Heartbeat, ElectionTimeout: d.cfg.Raft.Election,
+		// On a slow machine, for which a longer heartbeat is set, a leader is patient too.
+		LeaderLeaseTimeout: min(d.cfg.Raft.Heartbeat, max(400*time.Millisecond, d.cfg.Raft.Heartbeat/2)),
+	})
+	if err != nil {
+		return err
+	}
+	d.openFailover()
+	d.addCalls()
+	d.wg.Go(func() {
+		// It ends with the mux's listener.
+		_ = d.rpcd.http.Serve(d.mux.Listener(mux.PrefaceNode))
+	})
+	return nil
+}
+
+// Founding implements raft.Peers.
+func (d *Daemon) Founding(ctx context.Context, node ident.Node, address string) (info raft.FoundInfo, err error) {
+	return info, d.rpc.callAddress(ctx, node, address, "/node/v1/founding", struct{}{}, &info)
+}
+
+// state is the cluster state as far as this node knows it.
+func (d *Daemon) state() *state.State { return d.raft.State() }
+
+// addressOf finds a node's address: in the cluster state, or, before that is
+// known, in the configuration.
+func (d *Daemon) addressOf(n ident.Node) (string, bool) {
+	if d.raft != nil {
+		if m := d.state().Nodes[n]; m != nil {
+			return m.Address, true
+		}
+		if d.state().ClusterID != "" {
+			return "", false
+		}
+	}
+	c, ok := d.cfg.Find(string(n))
+	return c.Address, ok
+}
+
+// openNBD serves the exports on the configured addresses.
+func (d *Daemon) openNBD() error {
+	c := nbd.Config{
+		Exports: exports{d}, Logger: d.log, TLSRequire: d.cfg.NBD.TLS.Require,
+		Limits: nbd.Limits{
+			BytesTotal: d.cfg.Memory.NBD, Connections: d.cfg.NBD.MaxConnections,
+			Handshake: d.cfg.NBD.HandshakeTimeout, Idle: d.cfg.NBD.IdleTimeout,
+		},
+	}
+	if t := d.cfg.NBD.TLS; t.Enabled() {
+		var err error
+		if c.TLS, err = nbd.LoadTLS(t.Cert, t.Key, t.CA); err != nil {
+			return fmt.Errorf("nbd.tls: %w; check the files that %s names", err, d.cfg.File)
+		}
+	}
+	var err error
+	if d.nbd, err = nbd.NewServer(c); err != nil {
+		return err
+	}
+	for _, l := range d.cfg.NBD.Listen {
+		if err := d.serveNBD(l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Daemon) serveNBD(l config.Listener) error {
+	ln, err := nbd.Listen(l.String(), nbd.SocketOptions{Mode: l.Mode, Group: l.Group})
+	if err != nil {
+		return listenError("nbd.listen", l.String(), err)
+	}
+	d.wg.Go(func() {
+		if err := d.nbd.Serve(d.ctx, ln, nbd.ListenerOptions{ReadOnly: l.ReadOnly, Allow: l.Allow}); err != nil {
+			d.fail(err)
+		}
+	})
+	return nil
+}
+
+// fail stops the daemon with an error.
+func (d *Daemon) fail(err error) {
+	select {
+	case d.fatal <- err:
+	default: // an earlier one stops it already
+	}
+}
+
+// close stops what runs, clients first. It may be called on a daemon that was
+// opened in part.
+func (d *Daemon) close() {
+	if d.attach != nil {
+		d.attach.Stopping()
+	}
+	d.handOver()
+	if d.nbd != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+		if err := d.nbd.Shutdown(ctx); err != nil {
+			d.log.Warn("not every NBD request was answered", "err", err)
+		}
+		cancel()
+	}
+	if d.attach != nil {
+		d.attach.Stop()
+	}
+	d.admin.close()
+	d.metrics.close()
+	d.cancel()
+	d.stopVolumes()
+	if d.raft != nil {
+		if err := d.raft.Shutdown(); err != nil {
+			d.log.Warn("the cluster layer did not stop cleanly", "err", err)
+		}
+	}
+	if d.links != nil {
+		d.links.Close()
+	}
+	if d.rpcd != nil {
+		_ = d.rpcd.http.Close() // calls of others that are under way are asked again
+		d.rpc.close()
+	}
+	if d.mux != nil {
+		if err := d.mux.Close(); err != nil {
+			d.log.Debug("closing the port", "err", err)
+		}
+	}
+	d.wg.Wait()
+}
+
+// handOver moves the volumes whose primary is here to other nodes, so that a
+// planned stop costs clients elsewhere a switchover and no lapsed lease.
+func (d *Daemon) handOver() {
+	if d.raft == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), handOverTime)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, v := range d.state().Live() {
+		if v.Primary != d.self || len(v.InSync) < 2 {
+			continue
+		}
+		wg.Go(func() {
+			if err := d.handOverOne(ctx, v); err != nil {
+				d.log.Warn("a volume was not handed over; its lease has to lapse", "volume", v.Name, "err", err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func (d *Daemon) handOverOne(ctx context.Context, v *state.Volume) error {
+	err := error(control.Errorf(control.CodeRefused, "", "no other in-sync replica is reached"))
+	for _, n := range v.InSync {
+		if n == d.self || !d.linkUp(n) {
+			continue
+		}
+		if err = d.switchover(ctx, v.ID, n); err == nil {
+			return nil
+		}
+	}
+	return err
+}

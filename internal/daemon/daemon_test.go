@@ -1,0 +1,195 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/mux"
+	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/raft"
+	"github.com/blockstep/blockstep/raft/state"
+	"github.com/blockstep/blockstep/replication"
+	"github.com/blockstep/blockstep/replication/core"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// TestTheLayersAgree holds together numbers that are defined on both sides of
+// the daemon, since neither side may import the other.
+func TestTheLayersAgree(t *testing.T) {
+	for _, pair := range []struct {
+		name string
+		a, b int
+	}{
+		{"read", int(nbd.OpRead), int(replication.OpRead)},
+		{"write", int(nbd.OpWrite), int(replication.OpWrite)},
+		{"flush", int(nbd.OpFlush), int(replication.OpFlush)},
+		{"trim", int(nbd.OpTrim), int(replication.OpTrim)},
+		{"zero", int(nbd.OpZero), int(replication.OpZero)},
+		{"cache", int(nbd.OpCache), int(replication.OpCache)},
+		{"block status", int(nbd.OpBlockStatus), int(replication.OpBlockStatus)},
+		{"lapsed", int(raft.ReportLapsed), int(core.ReportLapsed)},
+		{"reseal", int(raft.ReportReseal), int(core.ReportReseal)},
+		{"refused", int(raft.ReportRefused), int(core.ReportRefused)},
+		{"stalled", int(raft.ReportStalled), int(core.ReportStalled)},
+	} {
+		if pair.a != pair.b {
+			t.Errorf("%s is %d on one side and %d on the other", pair.name, pair.a, pair.b)
+		}
+	}
+}
+
+func TestErrorsReachTheClientAsTheyAre(t *testing.T) {
+	for from, want := range map[error]error{
+		replication.ErrIO:          nbd.ErrIO,
+		replication.ErrNoSpace:     nbd.ErrNoSpace,
+		replication.ErrRange:       nbd.ErrRange,
+		replication.ErrReadOnly:    nbd.ErrReadOnly,
+		replication.ErrUnsupported: nbd.ErrUnsupported,
+		replication.ErrGeneration:  nbd.ErrSessionLost,
+		replication.ErrTooOld:      nbd.ErrIO,
+		replication.ErrClosed:      nbd.ErrShutdown,
+		replication.ErrClientGone:  nbd.ErrIO,
+	} {
+		if got := nbdError(fmt.Errorf("wrapped: %w", from)); !errors.Is(got, want) || !errors.Is(got, from) {
+			t.Errorf("%v becomes %v", from, got)
+		}
+	}
+	if nbdError(nil) != nil {
+		t.Error("no error becomes one")
+	}
+}
+
+func TestCallsOfStrangersAreRefused(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	logger := slog.New(slog.DiscardHandler)
+	m := mux.New(l, logger)
+	go m.Serve()
+	defer m.Close()
+	srv := newRPCServer("prod", "alpha", logger)
+	type ping struct{ N int }
+	handle(srv, "/node/v1/ping", func(_ context.Context, from ident.Node, in ping) (string, error) {
+		if in.N < 0 {
+			return "", control.Errorf(control.CodeRefused, "be positive", "negative")
+		}
+		return fmt.Sprint(from, in.N), nil
+	})
+	go srv.http.Serve(m.Listener(mux.PrefaceNode))
+	defer srv.http.Close()
+	call := func(cluster string, to ident.Node, in any) (out string, err error) {
+		c := newRPCClient(cluster, "beta", func(ident.Node) (string, bool) { return l.Addr().String(), true })
+		defer c.close()
+		return out, c.call(t.Context(), to, "/node/v1/ping", in, &out)
+	}
+	if out, err := call("prod", "alpha", ping{5}); err != nil || out != "beta5" {
+		t.Errorf("a good call: %q, %v", out, err)
+	}
+	for name, err := range map[string]error{
+		"of another cluster": second(call("dev", "alpha", ping{})),
+		"for another node":   second(call("prod", "gamma", ping{})),
+		"refused":            second(call("prod", "alpha", ping{-1})),
+		"not understood":     second(call("prod", "alpha", "x")),
+	} {
+		var e *control.Error
+		if !errors.As(err, &e) || e.Next == "" {
+			t.Errorf("a call %s: %v", name, err)
+		}
+	}
+}
+
+func second(_ string, err error) error { return err }
+
+// TestJudge pins what an operator reads.
+func TestJudge(t *testing.T) {
+	serving := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{
+		Role: core.RolePrimary, State: "InSync", View: core.View{Epoch: 4}, Last: ident.Position{Epoch: 4, Seq: 9},
+		Peers: []core.PeerStatus{{Node: "beta", State: "InSync"}, {Node: "gamma", State: "InSync"}},
+	}}
+	up := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{State: "InSync", Last: ident.Position{Epoch: 4, Seq: 9}}}
+	peers := func(beta, gamma string) volumeReport {
+		r := serving
+		r.Core.Peers = []core.PeerStatus{{Node: "beta", State: beta, LagBytes: 77}, {Node: "gamma", State: gamma}}
+		return r
+	}
+	suspended := serving
+	suspended.Core.Suspended = true
+	for _, tc := range []struct {
+		name    string
+		reports map[ident.Node]volumeReport
+		failed  string
+		health  control.Health
+		states  string
+		reason  string
+		next    string
+	}{
+		{"all is well", map[ident.Node]volumeReport{"alpha": serving, "beta": up, "gamma": up}, "", control.Healthy, "InSync InSync InSync", "", ""},
+		{
+			"one is dead",
+			map[ident.Node]volumeReport{"alpha": peers("Absent", "InSync"), "gamma": up},
+			"", control.Degraded, "InSync Absent InSync", "beta is Absent", "start blockstepd on beta, or check its network",
+		},
+		{
+			"one catches up",
+			map[ident.Node]volumeReport{"alpha": peers("CatchingUp", "InSync"), "beta": up, "gamma": up},
+			"", control.Degraded, "InSync CatchingUp InSync", "beta is CatchingUp", "wait: it comes back by itself (blockstep wait db --for healthy)",
+		},
+		{
+			"a disk failed",
+			map[ident.Node]volumeReport{"alpha": peers("Failed", "InSync"), "beta": up, "gamma": up},
+			"no more sectors", control.Degraded, "InSync Failed InSync", "beta is Failed (no more sectors)", "replace the disk of beta, then: blockstep invalidate db --node beta",
+		},
+		{
+			"the primary is dead",
+			map[ident.Node]volumeReport{"beta": up, "gamma": up},
+			"", control.Suspended, "Absent InSync InSync", "its primary alpha gives no answer; alpha is Absent", "start blockstepd on alpha, or check its network",
+		},
+		{
+			"the primary is alone",
+			map[ident.Node]volumeReport{"alpha": suspended},
+			"", control.Suspended, "InSync Absent Absent",
+			"its primary alpha has no majority of the in-sync set, or too few copies (min_copies 2); beta is Absent, gamma is Absent",
+			"start blockstepd on beta, or check its network",
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			sv := &state.Volume{Name: "db", Epoch: 4, Primary: "alpha", InSync: []ident.Node{"alpha", "beta", "gamma"}, Options: state.Options{MinCopies: 2}}
+			for _, n := range sv.InSync {
+				sv.Replicas = append(sv.Replicas, state.Replica{Node: n})
+			}
+			sv.Replicas[1].Failed, sv.Replicas[1].Reason = tc.failed != "", tc.failed
+			got := statusOf(sv, tc.reports)
+			var states []string
+			for _, r := range got.Replicas {
+				states = append(states, string(r.State))
+			}
+			if got.Health != tc.health || strings.Join(states, " ") != tc.states || got.Reason != tc.reason || got.Next != tc.next {
+				t.Errorf("got %s (%s), reason %q, next %q", got.Health, strings.Join(states, " "), got.Reason, got.Next)
+			}
+		})
+	}
+}
+
+func TestCursor(t *testing.T) {
+	for _, s := range []string{"", "1.2", "0.0"} {
+		if _, err := parseCursor(s); err != nil {
+			t.Errorf("%q: %v", s, err)
+		}
+	}
+	for _, s := range []string{"1", "1.", "a.b", "1.2.3", "-1.2", "01.2"} {
+		if _, err := parseCursor(s); err == nil {
+			t.Errorf("%q is taken for a cursor", s)
+		}
+	}
+}

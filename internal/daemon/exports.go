@@ -1,0 +1,217 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/replication"
+	"github.com/blockstep/blockstep/replication/bitmap"
+)
+
+const (
+	exportBlockMin  = 1 // a log entry has any extent
+	exportBlockBest = 4096
+)
+
+// exports shows the volumes to the NBD server: VOLUME on every node, and
+// VOLUME@NODE, read-only, for each replica.
+type exports struct{ d *Daemon }
+
+// List implements nbd.Exports.
+func (e exports) List() []string {
+	st := e.d.state()
+	var names []string
+	for _, v := range st.Live() {
+		names = append(names, v.Name)
+	}
+	for _, v := range st.Live() {
+		for _, r := range v.Replicas {
+			names = append(names, v.Name+"@"+string(r.Node))
+		}
+	}
+	return names
+}
+
+// find splits an export's name and finds its volume. at is "" for the volume
+// itself.
+func (e exports) find(name string) (v *volume, at ident.Node, info nbd.Info, err error) {
+	base, node, replica := strings.Cut(name, "@")
+	sv := e.d.state().Volume(base)
+	if sv == nil {
+		return nil, "", nbd.Info{}, fmt.Errorf("volume %q: %w", base, nbd.ErrNoExport)
+	}
+	if replica && sv.Replica(ident.Node(node)) == nil {
+		return nil, "", nbd.Info{}, fmt.Errorf("volume %q has no replica on %q: %w", base, node, nbd.ErrNoExport)
+	}
+	if v = e.d.volume(sv.ID); v == nil {
+		return nil, "", nbd.Info{}, fmt.Errorf("volume %q is not open on this node yet: try again: %w", base, nbd.ErrNoExport)
+	}
+	info = nbd.Info{
+		Size: sv.Size, Description: "blockstep volume " + base, MultiConn: true,
+		BlockMin: exportBlockMin, BlockBest: exportBlockBest, BlockMax: nbd.PayloadMax,
+	}
+	if !replica {
+		info.MetaContexts = []string{dirtyContext}
+	} else {
+		info.ReadOnly = true
+		info.Description = "committed content of the replica of " + base + " on " + node
+	}
+	return v, ident.Node(node), info, nil
+}
+
+// Lookup implements nbd.Exports.
+func (e exports) Lookup(_ context.Context, name string) (nbd.Info, error) {
+	_, _, info, err := e.find(name)
+	return info, err
+}
+
+// Open implements nbd.Exports.
+func (e exports) Open(ctx context.Context, name string, c nbd.Client) (nbd.Session, error) {
+	v, at, info, err := e.find(name)
+	if err != nil {
+		return nil, err
+	}
+	client := replication.Client{Remote: c.Remote, Local: c.Local, Gone: c.Gone, Kill: c.Kill}
+	var s *replication.Session
+	if at == "" {
+		s, err = v.driver.OpenSession(ctx, client)
+	} else {
+		s, err = v.driver.OpenReplicaSession(ctx, at, client)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening %s: %w", name, err)
+	}
+	return &session{d: e.d, vol: v.id, s: s, info: info}, nil
+}
+
+// session shows a replication.Session as an nbd.Session.
+type session struct {
+	d    *Daemon
+	vol  ident.Volume
+	s    *replication.Session
+	info nbd.Info
+	// dirty are the dirty-since contexts that were negotiated: of id i at i-1.
+	// Negotiation is over before the first Submit.
+	dirty []*bitmap.Bitmap
+}
+
+// Info implements nbd.Session.
+func (s *session) Info() nbd.Info { return s.info }
+
+// Close implements nbd.Session.
+func (s *session) Close() { s.s.Close() }
+
+// MetaContext implements nbd.Session: it asks the primary, once, what changed
+// since the position in the context's name.
+func (s *session) MetaContext(name string) (uint32, error) {
+	param, ok := strings.CutPrefix(name, dirtyContext)
+	if !ok || s.info.ReadOnly {
+		return 0, fmt.Errorf("meta context %q: %w", name, nbd.ErrUnsupported)
+	}
+	since, err := parsePosition(param)
+	if err != nil {
+		return 0, fmt.Errorf("meta context %q: %w: %w", name, nbd.ErrInvalid, err)
+	}
+	b, err := s.d.changed(s.vol, since)
+	if err != nil {
+		return 0, fmt.Errorf("meta context %q: %w: %w", name, nbd.ErrInvalid, err)
+	}
+	s.dirty = append(s.dirty, b)
+	return uint32(len(s.dirty)), nil
+}
+
+// carried takes an nbd.Request through replication; it is pooled, so that a
+// request costs no allocation.
+type carried struct {
+	replication.Request
+	from   *nbd.Request
+	dirty  []*bitmap.Bitmap
+	status []nbd.Status
+	runs   []nbd.Extent
+}
+
+var carriers sync.Pool
+
+// Submit implements nbd.Session.
+func (s *session) Submit(r *nbd.Request) {
+	c, _ := carriers.Get().(*carried)
+	if c == nil {
+		c = &carried{}
+		c.User, c.Complete, c.Queue = c, completeCarried, queueCarried
+	}
+	c.from, c.dirty = r, s.dirty
+	c.Op = replication.Op(r.Op) // the values are the same: a test holds them together
+	c.FUA, c.NoHole, c.ReqOne = r.FUA, r.NoHole, r.ReqOne
+	c.Offset, c.Length, c.Data = r.Offset, r.Length, r.Data
+	c.Extents = c.Extents[:0]
+	s.s.Submit(&c.Request)
+}
+
+func completeCarried(rr *replication.Request, err error) {
+	r := unload(rr, err)
+	r.Complete(r, nbdError(err))
+}
+
+func queueCarried(rr *replication.Request, err error) replication.Flusher {
+	return unload(rr, err).Queue(nbdError(err))
+}
+
+// unload gives the nbd.Request its result, and the carrier back.
+func unload(rr *replication.Request, err error) *nbd.Request {
+	c := rr.User.(*carried) //nolint:forcetypeassert // set by the pool
+	r := c.from
+	if err == nil && r.Op == nbd.OpBlockStatus {
+		c.takeStatus(r)
+	}
+	c.from, c.Data, c.dirty = nil, nil, nil
+	if r.Op != nbd.OpBlockStatus {
+		// The result of a block status points into c until the server has sent
+		// it: that one is left to the garbage collector.
+		carriers.Put(c)
+	}
+	return r
+}
+
+// takeStatus lays the contexts that were asked for side by side.
+func (c *carried) takeStatus(r *nbd.Request) {
+	covered := uint64(0)
+	for _, e := range c.Extents {
+		c.runs = append(c.runs, nbd.Extent{Length: uint64(e.Len), Flags: e.Flags})
+		covered += uint64(e.Len)
+	}
+	for _, id := range r.Contexts {
+		switch {
+		case id == nbd.ContextAllocation:
+			c.status = append(c.status, nbd.Status{Context: id, Extents: c.runs})
+		case int(id) <= len(c.dirty):
+			// As far as the allocation is told, so that both end alike.
+			c.status = append(c.status, nbd.Status{Context: id, Extents: dirtyExtents(c.dirty[id-1], r.Offset, min(covered, r.Length))})
+		}
+	}
+	r.Status = c.status
+}
+
+// nbdError translates replication's errors into those that nbd has an errno for.
+func nbdError(err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, pair := range [...]struct{ from, to error }{
+		{replication.ErrNoSpace, nbd.ErrNoSpace},
+		{replication.ErrRange, nbd.ErrRange},
+		{replication.ErrReadOnly, nbd.ErrReadOnly},
+		{replication.ErrUnsupported, nbd.ErrUnsupported},
+		{replication.ErrGeneration, nbd.ErrSessionLost},
+		{replication.ErrClosed, nbd.ErrShutdown},
+	} {
+		if errors.Is(err, pair.from) {
+			return fmt.Errorf("%w: %w", pair.to, err)
+		}
+	}
+	return fmt.Errorf("%w: %w", nbd.ErrIO, err)
+}

@@ -1,0 +1,267 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft"
+	"github.com/blockstep/blockstep/raft/state"
+)
+
+// Nodes implements control.Backend.
+func (b backend) Nodes(ctx context.Context) ([]control.NodeStatus, error) {
+	if err := b.ready(); err != nil {
+		return nil, err
+	}
+	return b.d.nodeStatuses(ctx), nil
+}
+
+// memberCall asks the leader to change the members.
+type memberCall struct {
+	Verb    string     `json:"verb"` // add, remove, replace
+	Name    ident.Node `json:"name"`
+	Address string     `json:"address,omitempty"`
+	RaftID  string     `json:"raft_id,omitempty"`
+	Witness bool       `json:"witness,omitempty"`
+}
+
+// serveMember is the leader's side of a change of the members.
+func (d *Daemon) serveMember(ctx context.Context, _ ident.Node, c memberCall) (operatorReply, error) {
+	var err error
+	switch c.Verb {
+	case "add":
+		err = d.raft.AddNode(ctx, state.Node{Name: c.Name, Address: c.Address, RaftID: c.RaftID, Witness: c.Witness})
+	case "remove":
+		err = d.raft.RemoveNode(ctx, c.Name)
+	case "replace":
+		err = d.raft.ReplaceNode(ctx, c.Name, c.RaftID, c.Address)
+	default:
+		return operatorReply{}, control.Errorf(control.CodeUsage, "run the same version on all nodes", "unknown change %q", c.Verb)
+	}
+	var reply operatorReply
+	if err != nil {
+		reply.Err, reply.Again = err.Error(), retryable(err)
+	}
+	return reply, nil
+}
+
+// changeMember asks the leader until the outcome is definite.
+func (b backend) changeMember(ctx context.Context, c memberCall) error {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	last := "no Raft leader is known"
+	for {
+		var reply operatorReply
+		var err error
+		if leader, address := b.d.raft.Leader(); leader == b.d.self {
+			reply, err = b.d.serveMember(ctx, b.d.self, c)
+		} else if leader != "" {
+			err = b.d.rpc.callAddress(ctx, leader, address, "/node/v1/member", c, &reply)
+		} else {
+			reply.Again = true
+		}
+		switch {
+		case err == nil && !reply.Again && reply.Err == "":
+			return nil
+		case err == nil && !reply.Again:
+			return control.Errorf(control.CodeRefused, "", "%s", reply.Err)
+		case err != nil:
+			last = err.Error()
+		case reply.Err != "":
+			last = reply.Err
+		}
+		if !pause(ctx, applyPause) {
+			return control.Errorf(control.CodeTimeout, "look at blockstep node list: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
+		}
+	}
+}
+
+// newcomer asks a node that is to join who it is.
+func (b backend) newcomer(ctx context.Context, name ident.Node, address string) (raft.FoundInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*askNode)
+	defer cancel()
+	info, err := b.d.Founding(ctx, name, address)
+	if err != nil {
+		return info, control.Errorf(control.CodeFailed, fmt.Sprintf("start blockstepd on %s with an empty data_dir and a configuration that lists all nodes, then run this again", name),
+			"%s gives no answer at %s: %v", name, address, err)
+	}
+	return info, nil
+}
+
+// AddNode implements control.Backend.
+func (b backend) AddNode(ctx context.Context, r control.AddNode) error {
+	if err := b.ready(); err != nil {
+		return err
+	}
+	if err := config.CheckName("node", r.Name); err != nil {
+		return control.Errorf(control.CodeUsage, "", "%v", err)
+	}
+	if _, _, err := config.SplitAddress(r.Address, false); err != nil {
+		return control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
+	}
+	info, err := b.newcomer(ctx, ident.Node(r.Name), r.Address)
+	if err != nil {
+		return err
+	}
+	return b.changeMember(ctx, memberCall{Verb: "add", Name: ident.Node(r.Name), Address: r.Address, RaftID: info.RaftID, Witness: r.Witness})
+}
+
+// RemoveNode implements control.Backend.
+func (b backend) RemoveNode(ctx context.Context, node string) error {
+	if err := b.ready(); err != nil {
+		return err
+	}
+	if err := b.checkNode(node); err != nil {
+		return err
+	}
+	return b.changeMember(ctx, memberCall{Verb: "remove", Name: ident.Node(node)})
+}
+
+// ReplaceNode implements control.Backend.
+func (b backend) ReplaceNode(ctx context.Context, node string) error {
+	if err := b.ready(); err != nil {
+		return err
+	}
+	if err := b.checkNode(node); err != nil {
+		return err
+	}
+	known := b.d.state().Nodes[ident.Node(node)]
+	info, err := b.newcomer(ctx, known.Name, known.Address)
+	if err != nil {
+		return err
+	}
+	if info.RaftID == known.RaftID {
+		return control.Errorf(control.CodeRefused, "to resync one of its replicas: blockstep invalidate VOLUME --node "+node, "%s runs with the data directory that the cluster knows: there is nothing to replace", node)
+	}
+	return b.changeMember(ctx, memberCall{Verb: "replace", Name: known.Name, RaftID: info.RaftID})
+}
+
+// DrainNode implements control.Backend. It moves the primaries away, then each
+// replica for which another node has room. It takes as long as copying does; a
+// drain that is cut off goes on when it is asked for again.
+func (b backend) DrainNode(ctx context.Context, node string) error {
+	if err := b.ready(); err != nil {
+		return err
+	}
+	if err := b.checkNode(node); err != nil {
+		return err
+	}
+	n := ident.Node(node)
+	var left []string
+	for _, sv := range b.d.state().Live() {
+		if sv.Primary == n {
+			if err := b.d.moveAway(ctx, sv, n); err != nil {
+				return err
+			}
+		}
+		if sv.Replica(n) == nil {
+			continue
+		}
+		moved, err := b.d.moveReplica(ctx, sv.ID, n)
+		if err != nil {
+			return err
+		}
+		if !moved {
+			left = append(left, sv.Name)
+		}
+	}
+	if len(left) > 0 {
+		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again",
+			"%s is primary of nothing any more, but no other node has room for its replicas of %s", node, strings.Join(left, ", "))
+	}
+	return nil
+}
+
+// moveAway switches a volume over to any other in-sync replica.
+func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node) error {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	last := errors.New("no other replica is in sync")
+	for _, to := range sv.InSync {
+		if to == from {
+			continue
+		}
+		if last = d.switchover(ctx, sv.ID, to); last == nil {
+			return nil
+		}
+	}
+	return control.Errorf(control.CodeFailed, "see blockstep status "+sv.Name, "the primary of %s stays on %s: %v", sv.Name, from, last)
+}
+
+// moveReplica gives a volume a replica on another node in the place of the one
+// on from. The old one goes only when the new one is in sync, so there are never
+// fewer good copies than before. It reports false when no node has room.
+func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.Node) (bool, error) {
+	sv := d.state().Volumes[id]
+	to := joining(sv, from)
+	if to == "" {
+		if to = d.roomFor(sv); to == "" {
+			return false, nil
+		}
+		if _, err := d.applyWhole(ctx, state.Command{AddReplica: &state.AddReplica{Volume: id, Node: to}}); err != nil {
+			return false, err
+		}
+	}
+	if err := d.awaitVolume(ctx, id, func(v *state.Volume) bool { return v.InSet(to) }); err != nil {
+		return false, fmt.Errorf("the new replica of %s on %s is not in sync yet: %w", sv.Name, to, err)
+	}
+	if _, err := d.applyWhole(ctx, state.Command{RemoveReplica: &state.RemoveReplica{Volume: id, Node: from}}); err != nil {
+		return false, err
+	}
+	err := d.awaitVolume(ctx, id, func(v *state.Volume) bool { return v.Replica(from) == nil })
+	return err == nil, err
+}
+
+// joining is a replica that is not in sync yet: what a drain that was cut off
+// has added, or one that is on its way back and will do as well.
+func joining(sv *state.Volume, from ident.Node) ident.Node {
+	for _, r := range sv.Replicas {
+		if r.Node != from && !sv.InSet(r.Node) && !r.Failed {
+			return r.Node
+		}
+	}
+	return ""
+}
+
+// roomFor is the node, up and without a replica of the volume, that has the
+// fewest replicas; "" when there is none.
+func (d *Daemon) roomFor(sv *state.Volume) ident.Node {
+	st := d.state()
+	var best ident.Node
+	fewest := 0
+	for _, name := range st.NodeNames() {
+		if st.Nodes[name].Witness || sv.Replica(name) != nil || (name != d.self && !d.linkUp(name)) {
+			continue
+		}
+		has := 0
+		for _, v := range st.Live() {
+			if v.Replica(name) != nil {
+				has++
+			}
+		}
+		if best == "" || has < fewest {
+			best, fewest = name, has
+		}
+	}
+	return best
+}
+
+// awaitVolume waits until the cluster state of a volume is as asked.
+func (d *Daemon) awaitVolume(ctx context.Context, id ident.Volume, holds func(*state.Volume) bool) error {
+	ok := d.until(ctx, func(s *state.State) bool {
+		v := s.Volumes[id]
+		return v == nil || v.Deleted || holds(v)
+	})
+	if !ok {
+		return ctx.Err()
+	}
+	if v := d.state().Volumes[id]; v == nil || v.Deleted {
+		return control.Errorf(control.CodeNotFound, "", "the volume was deleted meanwhile")
+	}
+	return nil
+}

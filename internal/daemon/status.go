@@ -1,0 +1,360 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/version"
+	"github.com/blockstep/blockstep/raft/state"
+	"github.com/blockstep/blockstep/replication/core"
+)
+
+// askNode is how long another node may take to tell about a volume. A stopped
+// process answers nothing; the operator has to be told soon.
+const askNode = time.Second
+
+// volumeReport is what one node knows of a volume.
+type volumeReport struct {
+	Reached bool          `json:"reached"` // false: the node gave no answer
+	RaftID  string        `json:"raft_id"` // of the data_dir that answers
+	Foreign bool          `json:"-"`       // what runs there has another data_dir than the cluster knows
+	Open    bool          `json:"open"`
+	Replica bool          `json:"replica"`
+	Problem string        `json:"problem,omitempty"` // why its replica is not open
+	Core    core.Status   `json:"core"`
+	Held    int           `json:"held"`
+	View    state.Volume  `json:"view"` // the cluster state as it sees it
+	Waiting string        `json:"waiting,omitempty"`
+	Took    time.Duration `json:"-"`
+}
+
+// serving reports whether the node says that it serves the volume as primary.
+func (r volumeReport) serving() bool {
+	return r.Reached && r.Replica && r.Core.Role == core.RolePrimary && !r.Core.Suspended
+}
+
+type volumeCall struct {
+	Volume ident.Volume `json:"volume"`
+}
+
+// report is what this node knows of a volume.
+func (d *Daemon) report(id ident.Volume) volumeReport {
+	r := volumeReport{Reached: true, RaftID: d.raft.RaftID()}
+	if sv := d.state().Volumes[id]; sv != nil {
+		r.View = *sv
+	}
+	if err := d.problemOf(id); err != nil && !errors.Is(err, errNotCurrent) {
+		r.Problem = err.Error()
+	}
+	if d.failover != nil {
+		r.Waiting = d.failover.Waiting(id)
+	}
+	v := d.volume(id)
+	if v == nil {
+		return r
+	}
+	st := v.driver.Status()
+	r.Open, r.Replica, r.Core, r.Held = true, v.replica.Load(), st.Core, st.Held
+	return r
+}
+
+func (d *Daemon) serveReportOf(_ context.Context, _ ident.Node, c volumeCall) (volumeReport, error) {
+	return d.report(c.Volume), nil
+}
+
+// reportOf asks a node what it knows of a volume.
+func (d *Daemon) reportOf(ctx context.Context, n ident.Node, id ident.Volume) volumeReport {
+	if n == d.self {
+		return d.report(id)
+	}
+	ctx, cancel := context.WithTimeout(ctx, askNode)
+	defer cancel()
+	var r volumeReport
+	if err := d.rpc.call(ctx, n, "/node/v1/volume", volumeCall{id}, &r); err != nil {
+		return volumeReport{}
+	}
+	r.Reached = true
+	if m := d.state().Nodes[n]; m != nil && m.RaftID != r.RaftID {
+		// Whatever it says, it is not the node that the cluster knows.
+		return volumeReport{Foreign: true}
+	}
+	return r
+}
+
+// primaryReport asks the primary that the local cluster state names.
+func (d *Daemon) primaryReport(ctx context.Context, sv *state.Volume) volumeReport {
+	if sv.Primary == "" {
+		return volumeReport{}
+	}
+	return d.reportOf(ctx, sv.Primary, sv.ID)
+}
+
+// reports asks every replica's node and the Raft leader at once.
+func (d *Daemon) reports(ctx context.Context, sv *state.Volume) map[ident.Node]volumeReport {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	out := map[ident.Node]volumeReport{}
+	ask := map[ident.Node]bool{}
+	for _, r := range sv.Replicas {
+		ask[r.Node] = true
+	}
+	if leader, _ := d.raft.Leader(); leader != "" {
+		ask[leader] = true // it knows what the failover waits for
+	}
+	for n := range ask {
+		wg.Go(func() {
+			rep := d.reportOf(ctx, n, sv.ID)
+			mu.Lock()
+			defer mu.Unlock()
+			out[n] = rep
+		})
+	}
+	wg.Wait()
+	return out
+}
+
+// volumeStatus is the status of a volume as the nodes together know it.
+func (d *Daemon) volumeStatus(ctx context.Context, sv *state.Volume) control.VolumeStatus {
+	return statusOf(sv, d.reports(ctx, sv))
+}
+
+// statusOf puts the nodes' reports together.
+func statusOf(sv *state.Volume, reports map[ident.Node]volumeReport) control.VolumeStatus {
+	// A node that sees more than this one knows a newer state.
+	for _, r := range reports {
+		if v := r.View; r.Reached && v.ID == sv.ID && (v.Epoch > sv.Epoch || v.Epoch == sv.Epoch && v.SetVersion > sv.SetVersion) {
+			sv = &r.View
+		}
+	}
+	out := control.VolumeStatus{
+		Volume: sv.Name, ID: fmt.Sprintf("%016x", uint64(sv.ID)), Size: int64(sv.Size), Epoch: uint64(sv.Epoch),
+		Ack: string(sv.Options.Ack), MinCopies: sv.Options.MinCopies, Generation: sv.Generation,
+		InSync: []string{}, Replicas: []control.ReplicaStatus{},
+	}
+	for _, n := range sv.InSync {
+		out.InSync = append(out.InSync, string(n))
+	}
+	primary := reports[sv.Primary]
+	serving := primary.serving() && primary.Core.View.Epoch == sv.Epoch
+	if serving {
+		out.Primary = string(sv.Primary)
+		out.Position = primary.Core.Last.String()
+	}
+	for _, r := range sv.Replicas {
+		out.Replicas = append(out.Replicas, replicaStatus(sv, r, reports, serving))
+	}
+	judge(&out, sv, reports, serving)
+	return out
+}
+
+// replicaStatus says how one replica is. While a primary serves, its word counts:
+// it knows what each replica holds. Otherwise the replica's own does.
+func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]volumeReport, serving bool) control.ReplicaStatus {
+	out := control.ReplicaStatus{Node: string(r.Node), State: control.Absent}
+	own, primary := reports[r.Node], reports[sv.Primary]
+	if own.Reached && own.Replica {
+		out.Position = own.Core.Last.String()
+		out.State = control.ReplicaState(own.Core.State)
+		if out.State == control.Failed {
+			out.Reason = own.Core.Reason
+		}
+	}
+	if own.Foreign {
+		out.Reason = foreignReason
+	}
+	if own.Reached && !own.Replica && own.Problem != "" {
+		out.State, out.Reason = control.Failed, own.Problem
+	}
+	if serving && r.Node != sv.Primary && out.State != control.Failed {
+		i := slices.IndexFunc(primary.Core.Peers, func(p core.PeerStatus) bool { return p.Node == r.Node })
+		if i >= 0 {
+			takePeer(&out, primary.Core.Peers[i])
+		} else {
+			out.State = control.CatchingUp
+		}
+		switch {
+		case out.State != control.InSync:
+		case !own.Reached || !own.Replica:
+			// The primary has not noticed yet that it went.
+			out.State = control.Absent
+		case !sv.InSet(r.Node):
+			out.State = control.CatchingUp
+		}
+	}
+	if r.Failed {
+		out.State, out.Reason = control.Failed, r.Reason
+	}
+	if own.Foreign {
+		out.Reason = foreignReason
+	}
+	return out
+}
+
+// foreignReason is why a node that runs is absent all the same.
+const foreignReason = "it runs with an empty or another data_dir"
+
+func takePeer(out *control.ReplicaStatus, p core.PeerStatus) {
+	out.State = control.ReplicaState(p.State)
+	out.LagBytes, out.DirtyBytes = p.LagBytes, p.DirtyBytes
+	if p.ResyncTotal > 0 {
+		out.Resync = &control.Resync{DoneBytes: p.ResyncDone, TotalBytes: p.ResyncTotal}
+	}
+}
+
+// judge sets health, reason and the next step.
+func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]volumeReport, serving bool) {
+	var off []string
+	for _, r := range out.Replicas {
+		if r.State == control.InSync && slices.Contains(out.InSync, r.Node) {
+			continue
+		}
+		word := r.Node + " is " + string(r.State)
+		if r.Reason != "" {
+			word += " (" + r.Reason + ")"
+		}
+		off = append(off, word)
+	}
+	out.Next = nextStep(out)
+	switch {
+	case !serving:
+		out.Health = control.Suspended
+		out.Reason = suspendedReason(sv, reports, off)
+		if out.Next == "" {
+			out.Next = "wait: it goes on by itself (blockstep wait " + sv.Name + " --for primary)"
+		}
+	case len(off) > 0:
+		out.Health, out.Reason = control.Degraded, strings.Join(off, ", ")
+	default:
+		out.Health, out.Next = control.Healthy, ""
+	}
+}
+
+func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off []string) string {
+	reason := "no primary serves it"
+	primary := reports[sv.Primary]
+	switch {
+	case sv.Primary == "":
+		reason = "it has no primary yet"
+	case !primary.Reached:
+		reason = fmt.Sprintf("its primary %s gives no answer", sv.Primary)
+	case primary.Core.Role == core.RolePrimaryElect:
+		reason = fmt.Sprintf("%s is taking office", sv.Primary)
+	case primary.Core.Suspended:
+		reason = fmt.Sprintf("its primary %s has no majority of the in-sync set, or too few copies (min_copies %d)", sv.Primary, sv.Options.MinCopies)
+	}
+	for _, r := range reports {
+		if r.Waiting != "" {
+			reason += "; the failover waits: " + r.Waiting
+			break
+		}
+	}
+	if len(off) > 0 {
+		reason += "; " + strings.Join(off, ", ")
+	}
+	return reason
+}
+
+// nextStep is the command for the first replica that needs an operator.
+func nextStep(out *control.VolumeStatus) string {
+	for _, r := range out.Replicas {
+		switch r.State {
+		case control.Absent:
+			if r.Reason == foreignReason {
+				return "blockstep node replace " + r.Node
+			}
+			return fmt.Sprintf("start blockstepd on %s, or check its network", r.Node)
+		case control.Failed:
+			return fmt.Sprintf("replace the disk of %s, then: blockstep invalidate %s --node %s", r.Node, out.Volume, r.Node)
+		case control.CatchingUp, control.Resyncing, control.Amnesiac:
+			return fmt.Sprintf("wait: it comes back by itself (blockstep wait %s --for healthy)", out.Volume)
+		case control.InSync:
+		}
+	}
+	return ""
+}
+
+// foreign finds the members whose address answers with another data_dir than the
+// cluster knows: a wiped or swapped disk, which is no member.
+func (d *Daemon) foreign(ctx context.Context, answers map[ident.Node]bool) map[ident.Node]bool {
+	ctx, cancel := context.WithTimeout(ctx, askNode)
+	defer cancel()
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	out := map[ident.Node]bool{}
+	for name, m := range d.state().Nodes {
+		if !answers[name] {
+			continue
+		}
+		wg.Go(func() {
+			info, err := d.Founding(ctx, name, m.Address)
+			if err == nil && info.RaftID != m.RaftID {
+				mu.Lock()
+				defer mu.Unlock()
+				out[name] = true
+			}
+		})
+	}
+	wg.Wait()
+	return out
+}
+
+// nodeStatuses lists the members as this node sees them.
+func (d *Daemon) nodeStatuses(ctx context.Context) []control.NodeStatus {
+	st := d.state()
+	leader, _ := d.raft.Leader()
+	errs := map[ident.Node]string{}
+	up := map[ident.Node]bool{}
+	for _, l := range d.links.Status() {
+		up[l.Node] = l.Connected && l.Heard
+		if !up[l.Node] {
+			errs[l.Node] = l.Error
+		}
+	}
+	for n := range d.foreign(ctx, up) {
+		up[n] = false
+		errs[n] = foreignReason + "; next: blockstep node replace " + string(n)
+	}
+	up[d.self] = true
+	out := []control.NodeStatus{}
+	for _, name := range st.NodeNames() {
+		n := st.Nodes[name]
+		out = append(out, control.NodeStatus{
+			Name: string(name), Address: n.Address, Witness: n.Witness, Up: up[name],
+			Leader: name == leader, Voter: true, Error: errs[name],
+		})
+	}
+	return out
+}
+
+// clusterStatus is everything, volumes asked for at once.
+func (d *Daemon) clusterStatus(ctx context.Context) control.ClusterStatus {
+	leader, _ := d.raft.Leader()
+	return control.ClusterStatus{
+		Cluster: d.cfg.Cluster, Node: string(d.self), Version: version.String(),
+		Leader: string(leader), Quorum: leader != "",
+		Nodes: d.nodeStatuses(ctx), Volumes: d.volumeStatuses(ctx),
+	}
+}
+
+func (d *Daemon) volumeStatuses(ctx context.Context) []control.VolumeStatus {
+	live := d.state().Live()
+	out := make([]control.VolumeStatus, len(live))
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, rpcConnsPerPeer)
+	for i, sv := range live {
+		wg.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			out[i] = d.volumeStatus(ctx, sv)
+		})
+	}
+	wg.Wait()
+	return out
+}

@@ -1,0 +1,334 @@
+package sim
+
+import (
+	"slices"
+
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft/state"
+)
+
+// Fault is a kind of trouble.
+type Fault uint8
+
+// The faults. Each history draws its own mix.
+const (
+	FaultKill       Fault = iota // kill -9: the page cache survives
+	FaultPower                   // the machine loses power
+	FaultCleanStop               // the daemon stops cleanly, perhaps for a reboot
+	FaultStop                    // SIGSTOP, later SIGCONT
+	FaultPartition               // one node is cut off
+	FaultLink                    // one link, in one direction or both
+	FaultFlap                    // a connection breaks and is made again
+	FaultSlow                    // fsync takes long
+	FaultHang                    // the disk hangs
+	FaultDisk                    // the disk fails for good (once a history)
+	FaultSwitchover              // a planned change of primary
+	FaultStall                   // Raft has no leader for a while
+	FaultController              // another Raft leader; the old one may not know
+	FaultPowerAll                // all machines at once
+	FaultForget                  // a client goes away with requests under way
+	FaultDoubt                   // an operator lets blocks of a replica be copied anew
+	faultKinds
+)
+
+var faultNames = [faultKinds]string{
+	"kill", "power", "clean-stop", "stop", "partition", "link", "flap", "slow", "hang", "disk", "switchover",
+	"raft-stall", "controller", "power-all", "forget", "doubt",
+}
+
+func (f Fault) String() string { return faultNames[f] }
+
+// fault injects one fault and schedules the next.
+func (s *Sim) fault() {
+	if s.healed {
+		return
+	}
+	s.at(s.delay(20*ms, 900*ms), event{kind: evFault})
+	f := s.opt.Faults[s.rng.IntN(len(s.opt.Faults))]
+	n := s.nodes[s.rng.IntN(len(s.nodes))]
+	if p := s.index(s.cl.vol().Primary); p >= 0 && s.rng.IntN(3) == 0 {
+		n = s.nodes[p]
+	}
+	s.Inject(f, n.i)
+}
+
+// Inject does one fault to a node.
+func (s *Sim) Inject(f Fault, i int) {
+	n := s.nodes[i]
+	s.note(i, "fault", "%v", f)
+	switch f {
+	case FaultKill, FaultPower, FaultCleanStop:
+		if n.up && n.busy || s.rng.IntN(2) == 0 || f == FaultCleanStop {
+			s.die(n, f)
+		} else if n.up {
+			n.crashIn, n.crashBy = 1+s.rng.IntN(12), f // in the middle of something
+		}
+	case FaultPowerAll:
+		for _, m := range s.nodes {
+			s.die(m, FaultPower)
+		}
+	case FaultStop:
+		s.stop(n, s.delay(10*ms, 3*s1))
+	case FaultPartition:
+		for j := range s.nodes {
+			if l := s.links[i][j]; l != nil {
+				s.block(l, true, true)
+			}
+		}
+		s.at(s.delay(20*ms, 3*s1), event{kind: evUnblock, node: i, b: -1})
+	case FaultLink:
+		j := (i + 1 + s.rng.IntN(len(s.nodes)-1)) % len(s.nodes)
+		k := s.rng.IntN(3)
+		s.block(s.links[i][j], k != 0, k != 1)
+		s.at(s.delay(20*ms, 3*s1), event{kind: evUnblock, node: i, b: j})
+	case FaultFlap:
+		j := (i + 1 + s.rng.IntN(len(s.nodes)-1)) % len(s.nodes)
+		l, silent := s.links[i][j], s.rng.IntN(3) == 0
+		if k := s.rng.IntN(3); k < 2 {
+			s.hangUp(l, k, silent)
+		} else {
+			s.breakLink(l, silent)
+		}
+	case FaultSlow:
+		n.disk.slowTo = s.now + s.delay(100*ms, 3*s1)
+	case FaultHang:
+		n.disk.hungTo = s.now + s.delay(50*ms, 3*s1)
+	case FaultDisk:
+		s.failDisk(n)
+	case FaultSwitchover:
+		if c := s.ctl[0]; c != nil {
+			c.want, c.drain = true, true
+			c.to = s.nodes[s.rng.IntN(s.opt.Replicas)].name
+		}
+	case FaultStall:
+		s.cl.stall = s.now + s.delay(100*ms, 2*s1)
+	case FaultController:
+		s.changeController()
+	case FaultForget:
+		for _, c := range s.cli {
+			if c.node == i {
+				s.forget(c)
+			}
+		}
+	case FaultDoubt:
+		s.doubt(n)
+	case faultKinds:
+	}
+}
+
+// failDisk fails a disk for good, if the volume can bear it: once in a history,
+// and of a set that keeps others.
+func (s *Sim) failDisk(n *node) {
+	v := s.cl.vol()
+	if !n.replica || len(v.InSync) < 3 && v.InSet(n.name) {
+		return
+	}
+	for _, m := range s.nodes {
+		if m.disk.failed {
+			return
+		}
+	}
+	n.disk.failed = true
+	s.at(s.delay(s1, 4*s1), event{kind: evCall, fn: func() { s.replaceDisk(n) }})
+}
+
+// replaceDisk gives a node a new, empty disk under a new replica id as soon as
+// the failed one is out of the set.
+func (s *Sim) replaceDisk(n *node) {
+	v := s.cl.vol()
+	again := event{kind: evCall, fn: func() { s.replaceDisk(n) }}
+	if rep := v.Replica(n.name); !rep.Failed || v.InSet(n.name) || !n.up {
+		s.at(300*ms, again)
+		return
+	}
+	s.note(n.i, "replace", "its disk")
+	s.die(n, FaultKill)
+	n.disk = disk{meta: metaFile{replica: ident.Replica(1000 + s.count), bootID: n.boots, clean: true}}
+	n.disk.store.cur = make([]ident.Position, s.opt.Blocks)
+	n.disk.store.durable = make([]ident.Position, s.opt.Blocks)
+	n.sealed = 0
+	s.register(n)
+}
+
+// register makes the new disk's replica id known, until that is done.
+func (s *Sim) register(n *node) {
+	id := n.disk.meta.replica
+	s.submit(&command{node: n.i, cmd: state.Command{RegisterReplica: &state.RegisterReplica{
+		Volume: volumeID, Node: n.name, Replica: id, Replace: true,
+	}}})
+	s.at(s1, event{kind: evCall, fn: func() {
+		if s.cl.vol().Replica(n.name).Replica != id {
+			s.register(n)
+		}
+	}})
+}
+
+// doubt makes a few blocks of a secondary ones that it lacks.
+func (s *Sim) doubt(n *node) {
+	if n.core != nil && len(s.cl.vol().InSync) >= 3 && !s.doubted {
+		s.doubted = true
+		s.put(n, input{kind: inDoubt, x: uint64(s.rng.IntN(s.opt.Blocks))})
+	}
+}
+
+// changeController makes another node lead. The old leader may go on for a
+// while, with an old view of the state.
+func (s *Sim) changeController() {
+	if s.ctl[1] != nil && s.rng.IntN(2) == 0 {
+		s.ctl[1] = nil
+		return
+	}
+	s.ctl[1] = nil
+	if s.rng.IntN(2) == 0 {
+		c := s.newController(1)
+		c.behind = s.rng.IntN(3)
+	}
+	c := s.ctl[0]
+	if s.rng.IntN(2) == 0 {
+		c.gen++
+		c.round, c.highest, c.want = round{}, 0, true
+		s.at(sealEvery, event{kind: evCtl, a: 0, x: uint64(c.gen)})
+	}
+	c.sendTo = nil
+	if s.rng.IntN(2) == 0 {
+		c.sendTo = map[ident.Node]bool{}
+		for _, n := range s.nodes {
+			c.sendTo[n.name] = s.rng.IntN(3) > 0
+		}
+	}
+}
+
+// forget: the client is gone; what it had under way must not take effect late.
+func (s *Sim) forget(c *session) {
+	if !c.on {
+		return
+	}
+	n := s.nodes[c.node]
+	if n.up && n.core != nil {
+		s.put(n, input{kind: inForget, x: c.id})
+	}
+	c.on, c.op.on, c.op.target = false, false, targetNone
+	c.tries++
+	s.at(s.delay(5*ms, 50*ms), event{kind: evOp, a: c.i, x: c.tries})
+}
+
+// heal ends all trouble: from here on the cluster must serve and converge.
+func (s *Sim) heal() {
+	s.healed, s.healAt = true, s.now
+	s.note(-1, "heal", "")
+	s.cl.stall = 0
+	s.ctl[1] = nil
+	if s.ctl[0] != nil {
+		s.ctl[0].sendTo, s.ctl[0].behind = nil, 0
+	}
+	for _, n := range s.nodes {
+		n.disk.slowTo, n.disk.hungTo, n.crashIn = 0, 0, 0
+		s.cont(n)
+		s.unblock(n.i, -1)
+		if !n.up {
+			s.at(ms, event{kind: evStart, node: n.i})
+		}
+	}
+	// What waits for a disk that hung goes on: its events are in the queue, at
+	// the latest three seconds from now.
+	s.at(200*ms, event{kind: evCheck})
+}
+
+// checkHealed ends the history when everybody has been served and all replicas
+// are the same, or says who is stuck (I8, I6).
+func (s *Sim) checkHealed() {
+	why := s.waitingFor()
+	if why == "" {
+		s.done = true
+		return
+	}
+	if s.now < s.healAt+s.opt.HealFor {
+		s.at(50*ms, event{kind: evCheck})
+		return
+	}
+	if x := s.excuse(); x != "" {
+		s.excused, s.done = x, true
+		return
+	}
+	state := ""
+	for _, n := range s.nodes {
+		state += "\n  " + n.String()
+	}
+	v := s.cl.vol()
+	s.fail("I8", "healed for %s and still: %s\n  cluster: epoch %d primary %s at %v inc %d set %v version %d generation %d%s",
+		clock(s.opt.HealFor), why, v.Epoch, v.Primary, v.PrimaryPosition, v.PrimaryIncarnation, v.InSync, v.SetVersion, v.Generation, state)
+}
+
+func (s *Sim) waitingFor() string {
+	for _, c := range s.cli {
+		if c.okSince[opWrite] == 0 || c.okSince[opRead] == 0 || c.okSince[opFlush] == 0 {
+			return "session at " + string(s.nodes[c.node].name) + " is not served"
+		}
+	}
+	v := s.cl.vol()
+	for _, n := range s.nodes {
+		if !n.replica || n.disk.failed {
+			continue
+		}
+		if n.core == nil || !v.InSet(n.name) {
+			return "replica at " + string(n.name) + " is not in the set"
+		}
+		if n.amnesiac() && n.disk.meta.Amnesiac {
+			return "replica at " + string(n.name) + " is still amnesiac"
+		}
+	}
+	// Nobody writes any more: then all must have the same.
+	if !s.quiet() {
+		return "requests under way"
+	}
+	return s.differing()
+}
+
+// differing names a replica that is not the same as the others, "" when all
+// have applied everything.
+func (s *Sim) differing() string {
+	all := ident.Seq(len(s.chk.log))
+	var first *node
+	for _, n := range s.nodes {
+		if !n.replica || n.disk.failed {
+			continue
+		}
+		if first == nil {
+			first = n
+			if !exact(s) {
+				all = n.disk.log.last().Seq // the true log is not known
+			}
+		}
+		if n.disk.log.last().Seq != all || n.apply.done != all {
+			return "replica at " + string(n.name) + " has not applied everything"
+		}
+		s.chk.content(s, n)
+		for b, p := range n.disk.store.cur {
+			if p != first.disk.store.cur[b] {
+				s.fail("I6", "block %d is %v at %s and %v at %s", b, p, n.name, first.disk.store.cur[b], first.name)
+			}
+		}
+	}
+	return ""
+}
+
+// quiet stops the clients and reports whether nothing of theirs is under way.
+func (s *Sim) quiet() bool {
+	s.quieting = true
+	return !slices.ContainsFunc(s.cli, func(c *session) bool { return c.op.on })
+}
+
+// excuse names a reason for which a history may end without converging.
+func (s *Sim) excuse() string {
+	v := s.cl.vol()
+	alive := 0
+	for _, name := range v.InSync {
+		if !s.nodes[s.index(name)].disk.failed {
+			alive++
+		}
+	}
+	if alive == 0 {
+		return "every replica of the set has failed"
+	}
+	return ""
+}

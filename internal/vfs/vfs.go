@@ -1,0 +1,104 @@
+// Package vfs is the file system as blockstep may use it: a narrow interface,
+// one implementation over Linux system calls, one in memory that can lose
+// whatever was not fsynced, and a wrapper that injects errors and delays.
+//
+// # What a caller may rely on
+//
+//  1. Bytes written are read back at once by anyone in the same boot, fsynced
+//     or not, also after the process was killed.
+//  2. After a power cut, of the bytes written since the last Datasync or Sync
+//     of the file, any subset at a grain of one sector (512 bytes) may be
+//     there. A sector is never half old and half new.
+//  3. Datasync makes durable the bytes and the size of the file; it need not
+//     touch the inode when neither size nor allocation changed. A directory
+//     entry (create, rename, remove) is durable after SyncDir of its directory.
+//  4. A failed Datasync or Sync is final: the kernel may have dropped the dirty
+//     pages, and a second call that succeeds proves nothing. Nobody retries.
+package vfs
+
+import "errors"
+
+// Flag says how Open opens. Without ReadOnly the file is open for reading and
+// writing.
+type Flag uint8
+
+// The flags of Open.
+const (
+	ReadOnly  Flag = 1 << iota // no writes through this handle
+	Create                     // make the file when it is not there
+	Exclusive                  // with Create: fail with fs.ErrExist when it is there
+)
+
+// ErrWouldBlock is returned when a read without waiting would have had to wait
+// for the disk, and when the file system cannot tell.
+var ErrWouldBlock = errors.New("vfs: the bytes are not in memory")
+
+// ErrLocked is returned when another process (or this one) holds the lock.
+var ErrLocked = errors.New("vfs: locked by another process")
+
+// ErrCrashed is returned by a handle of a Mem that has crashed since the handle
+// was opened.
+var ErrCrashed = errors.New("vfs: the file system crashed under this handle")
+
+// FS is a file system. Its methods may be called from several goroutines.
+// Paths are as for package os; errors match fs.ErrNotExist and fs.ErrExist.
+type FS interface {
+	// Open opens a file, or a block device where the OS has them.
+	Open(path string, flags Flag) (File, error)
+	// MkdirAll makes a directory and its parents. Each new entry is durable
+	// only after SyncDir of its parent.
+	MkdirAll(path string) error
+	// Rename replaces newPath atomically.
+	Rename(oldPath, newPath string) error
+	// Remove removes a file or an empty directory.
+	Remove(path string) error
+	// List returns the names in a directory, sorted.
+	List(dir string) ([]string, error)
+	// SyncDir makes the entries of a directory durable.
+	SyncDir(dir string) error
+	// Lock makes path a file and takes an exclusive lock on it that ends with
+	// Close or the process. It returns ErrLocked when somebody has it.
+	Lock(path string) (Unlocker, error)
+}
+
+// Unlocker gives a lock back.
+type Unlocker interface{ Close() error }
+
+// File is an open file or block device. All methods may be called from several
+// goroutines; Close waits for nobody, but the descriptor is closed only after
+// the calls in flight have returned, so none of them can hit another file.
+type File interface {
+	// ReadAt is as io.ReaderAt: io.EOF with fewer bytes than asked.
+	ReadAt(p []byte, off int64) (int, error)
+	// ReadAtNoWait reads only what is in the page cache: all of p, or
+	// ErrWouldBlock and nothing that the caller may use.
+	ReadAtNoWait(p []byte, off int64) (int, error)
+	// WriteAt writes all of p, or returns an error.
+	WriteAt(p []byte, off int64) (int, error)
+	// WritevAt writes the buffers one behind the other, in as few system calls
+	// as the OS allows. It allocates nothing in the steady state, keeps none of
+	// the slices, and changes none. Empty buffers are allowed.
+	WritevAt(bufs [][]byte, off int64) (int, error)
+	Datasync() error
+	Sync() error
+	// Truncate sets the size; a block device refuses.
+	Truncate(size int64) error
+	// Allocate reserves room for a range and makes the file at least that
+	// long; what was not written reads as zeroes. On a file system that cannot
+	// reserve it only sets the size.
+	Allocate(off, n int64) error
+	// PunchHole makes a range read as zeroes and gives its room back where the
+	// file system can. It never changes the size.
+	PunchHole(off, n int64) error
+	// ZeroRange makes a range read as zeroes and keeps it allocated. It never
+	// changes the size.
+	ZeroRange(off, n int64) error
+	// SeekData returns the first offset >= off that holds data, io.EOF when
+	// there is none. SeekHole returns the first hole, at the latest the size.
+	// A file system without holes is all data.
+	SeekData(off int64) (int64, error)
+	SeekHole(off int64) (int64, error)
+	// Size returns the size in bytes, of a block device its capacity.
+	Size() (int64, error)
+	Close() error
+}

@@ -1,0 +1,196 @@
+package nbd
+
+import (
+	"encoding/binary"
+	"slices"
+	"strings"
+)
+
+// ContextAllocation is the id of base:allocation in Request.Contexts and
+// Status.Context. A session's MetaContext is not asked for it, and gives other
+// contexts other ids.
+const ContextAllocation uint32 = 0
+
+// metaSelection is what SET_META_CONTEXT has selected. Contexts that only a
+// session can judge (a log position that it may no longer have) open that
+// session already here; GO for the same export takes it over.
+type metaSelection struct {
+	export  string
+	session Session // nil if base:allocation alone is selected
+	names   []string
+	ids     []uint32
+}
+
+// of returns how many contexts are selected for the export.
+func (m *metaSelection) of(export string) int {
+	if m.export != export {
+		return 0
+	}
+	return len(m.names)
+}
+
+// drop forgets the selection.
+func (m *metaSelection) drop() {
+	if m.session != nil {
+		m.session.Close()
+	}
+	*m = metaSelection{}
+}
+
+// take hands over the selection for an export; one for another export is void.
+func (m *metaSelection) take(export string) (Session, []string, []uint32) {
+	if m.export != export {
+		m.drop()
+		return nil, nil, nil
+	}
+	s, names, ids := m.session, m.names, m.ids
+	*m = metaSelection{}
+	return s, names, ids
+}
+
+// wireContext is a context's id on the wire. It differs from the session's.
+func wireContext(index int) uint32 { return uint32(index + 1) }
+
+// metaOption parses the data of both meta context options:
+//
+//	u32 length | export name | u32 count | count times: u32 length | query
+func metaOption(data []byte) (export string, queries []string, tooMany, ok bool) {
+	export, rest, ok := cutString(data)
+	if !ok || len(rest) < 4 {
+		return "", nil, false, false
+	}
+	count := binary.BigEndian.Uint32(rest)
+	rest = rest[4:]
+	for i := uint32(0); i < count; i++ {
+		var q string
+		if q, rest, ok = cutString(rest); !ok {
+			return "", nil, false, false
+		}
+		if !strings.Contains(q, ":") {
+			return "", nil, false, false
+		}
+		if len(queries) == queriesMax {
+			tooMany = true
+			continue
+		}
+		queries = append(queries, q)
+	}
+	return export, queries, tooMany, len(rest) == 0
+}
+
+// matchContexts returns the contexts among those available that a query means.
+// An available name that ends in a colon takes a parameter; a query that ends
+// in one is a wildcard, which selects nothing when selecting.
+func matchContexts(available []string, query string, selecting bool) []string {
+	var found []string
+	wildcard := strings.HasSuffix(query, ":")
+	if wildcard && selecting {
+		return nil
+	}
+	for _, name := range available {
+		switch {
+		case name == query,
+			wildcard && strings.HasPrefix(name, query):
+			found = append(found, name)
+		case !wildcard && strings.HasSuffix(name, ":") && strings.HasPrefix(query, name):
+			found = append(found, query)
+		}
+	}
+	return found
+}
+
+func (n *negotiation) listMeta(data, out []byte) []byte {
+	export, queries, tooMany, ok := metaOption(data)
+	switch {
+	case !ok:
+		return n.fail(out, repErrInvalid, "malformed meta context query")
+	case tooMany:
+		return n.fail(out, repErrTooBig, "too many queries")
+	case !n.structured:
+		return n.fail(out, repErrInvalid, "negotiate structured replies first")
+	}
+	info, err := n.server.lookup(export)
+	if err != nil {
+		return n.failExport(out, err)
+	}
+	available := append([]string{AllocationContext}, info.MetaContexts...)
+	found := available
+	if len(queries) > 0 {
+		found = nil
+		for _, q := range queries {
+			for _, name := range matchContexts(available, q, false) {
+				if !slices.Contains(found, name) {
+					found = append(found, name)
+				}
+			}
+		}
+	}
+	for _, name := range found {
+		out = n.metaReply(out, 0, name)
+	}
+	return n.reply(out, repAck, nil)
+}
+
+func (n *negotiation) setMeta(data, out []byte) []byte {
+	n.meta.drop() // also when this one fails
+	export, queries, tooMany, ok := metaOption(data)
+	switch {
+	case !ok:
+		return n.fail(out, repErrInvalid, "malformed meta context query")
+	case tooMany:
+		return n.fail(out, repErrTooBig, "too many queries")
+	case !n.structured:
+		return n.fail(out, repErrInvalid, "negotiate structured replies first")
+	}
+	info, err := n.server.lookup(export)
+	if err != nil {
+		return n.failExport(out, err)
+	}
+	available := append([]string{AllocationContext}, info.MetaContexts...)
+	m := metaSelection{export: export}
+	for _, q := range queries {
+		for _, name := range matchContexts(available, q, true) {
+			if !slices.Contains(m.names, name) {
+				m.names = append(m.names, name)
+			}
+		}
+	}
+	if len(m.names) > contextsMax {
+		return n.fail(out, repErrTooBig, "too many meta contexts")
+	}
+	for _, name := range m.names {
+		id, err := n.prepareContext(&m, name)
+		if err != nil {
+			m.drop()
+			return n.failExport(out, err)
+		}
+		m.ids = append(m.ids, id)
+	}
+	n.meta = m
+	for i, name := range m.names {
+		out = n.metaReply(out, wireContext(i), name)
+	}
+	return n.reply(out, repAck, nil)
+}
+
+// prepareContext asks the session for a context's id, and opens the session if
+// this is the first that needs one.
+func (n *negotiation) prepareContext(m *metaSelection, name string) (uint32, error) {
+	if name == AllocationContext {
+		return ContextAllocation, nil
+	}
+	if m.session == nil {
+		s, err := n.server.open(m.export)
+		if err != nil {
+			return 0, err
+		}
+		m.session = s
+	}
+	return m.session.MetaContext(name)
+}
+
+// metaReply appends REP_META_CONTEXT: u32 id | name.
+func (n *negotiation) metaReply(out []byte, id uint32, name string) []byte {
+	p := binary.BigEndian.AppendUint32(nil, id)
+	return n.reply(out, repMetaContext, append(p, name...))
+}

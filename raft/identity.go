@@ -1,0 +1,173 @@
+package raft
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/vfs"
+)
+
+// identityFile says whose data_dir this is. docs/format/control.md.
+const identityFile = "cluster.json"
+
+const (
+	identityVersion = 1
+	identityMax     = 64 << 10 // bytes: a handful of names, never more
+)
+
+// identity is what a node durably knows of itself before, and apart from, the
+// Raft log.
+type identity struct {
+	V       int        `json:"v"`
+	Cluster string     `json:"cluster"` // name
+	Node    ident.Node `json:"node"`
+	RaftID  string     `json:"raft_id"` // Node and a random id: a wiped data_dir gets another one
+
+	// Founding is set, durably, before the cluster is bootstrapped: the exact
+	// configuration, so that a crash in the middle ends in the same one.
+	Founding []foundingServer `json:"founding,omitempty"`
+	// ClusterID is set once the cluster state has named it: from then on a
+	// data_dir without Raft's files has lost them.
+	ClusterID string `json:"cluster_id,omitempty"`
+}
+
+type foundingServer struct {
+	RaftID  string `json:"raft_id"`
+	Address string `json:"address"`
+}
+
+// raftIDOf joins a name and a random part; '/' is in no name.
+func raftIDOf(node ident.Node, random string) string { return string(node) + "/" + random }
+
+// nodeOf gives the name in a Raft id.
+func nodeOf(raftID string) ident.Node {
+	name, _, _ := strings.Cut(raftID, "/")
+	return ident.Node(name)
+}
+
+// randomID is 128 random bits in hexadecimal.
+func randomID() string {
+	var b [16]byte
+	// crypto/rand.Read never fails (it stops the process instead).
+	_, _ = rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// NewCommandID makes an id for a command that may have to be sent twice.
+func NewCommandID() string { return randomID() }
+
+// loadIdentity reads the identity of a data_dir, or makes one, durably. It
+// refuses a data_dir of another cluster or node.
+func loadIdentity(fsys vfs.FS, dir, cluster string, node ident.Node) (*identity, error) {
+	path := filepath.Join(dir, identityFile)
+	id, err := readIdentity(fsys, path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if names, err := fsys.List(filepath.Join(dir, raftDir)); err == nil && len(names) > 0 {
+			return nil, fmt.Errorf("%s is missing, but %s holds a Raft log: the data_dir is damaged; restore %s, or empty the data_dir and run 'blockstep node replace %s' on another node",
+				path, filepath.Join(dir, raftDir), identityFile, node)
+		}
+		id = &identity{V: identityVersion, Cluster: cluster, Node: node, RaftID: raftIDOf(node, randomID()[:16])}
+		if err := writeIdentity(fsys, dir, id); err != nil {
+			return nil, err
+		}
+		return id, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return id, id.check(dir, cluster, node)
+}
+
+func (id *identity) check(dir, cluster string, node ident.Node) error {
+	if id.Cluster != cluster {
+		return fmt.Errorf("data_dir %s belongs to cluster %q, and the configuration says %q: correct 'cluster' or 'data_dir'", dir, id.Cluster, cluster)
+	}
+	if id.Node != node {
+		return fmt.Errorf("data_dir %s belongs to node %q, and the configuration says %q: correct 'node' or 'data_dir'", dir, id.Node, node)
+	}
+	return nil
+}
+
+// CheckDir refuses a data_dir of another cluster or node before anything is
+// opened; an empty one is as good as ours.
+func CheckDir(fsys vfs.FS, dir, cluster string, node ident.Node) error {
+	id, err := readIdentity(fsys, filepath.Join(dir, identityFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return id.check(dir, cluster, node)
+}
+
+func readIdentity(fsys vfs.FS, path string) (*identity, error) {
+	f, err := fsys.Open(path, vfs.ReadOnly)
+	if err != nil {
+		return nil, fmt.Errorf("open identity: %w", err)
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	size, err := f.Size()
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	if size > identityMax {
+		return nil, fmt.Errorf("%s has %d bytes: it is no identity file", path, size)
+	}
+	b := make([]byte, size)
+	if _, err := f.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	var id identity
+	if err := json.Unmarshal(b, &id); err != nil {
+		return nil, fmt.Errorf("%s is damaged (%w): restore it, or empty the data_dir and replace the node", path, err)
+	}
+	if id.V > identityVersion {
+		return nil, fmt.Errorf("%s has version %d, this build knows %d: upgrade blockstep on this node", path, id.V, identityVersion)
+	}
+	if id.V < 1 || id.RaftID == "" || id.Node == "" || nodeOf(id.RaftID) != id.Node {
+		return nil, fmt.Errorf("%s is damaged: it names no node and Raft id", path)
+	}
+	return &id, nil
+}
+
+// writeIdentity replaces the file atomically and durably.
+func writeIdentity(fsys vfs.FS, dir string, id *identity) error {
+	b, err := json.MarshalIndent(id, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode identity: %w", err)
+	}
+	path, temp := filepath.Join(dir, identityFile), filepath.Join(dir, identityFile+".new")
+	if err := fsys.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("write identity: %w", err)
+	}
+	f, err := fsys.Open(temp, vfs.Create|vfs.Exclusive)
+	if err != nil {
+		return fmt.Errorf("write identity: %w", err)
+	}
+	_, err = f.WriteAt(append(b, '\n'), 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = fsys.Rename(temp, path)
+	}
+	if err == nil {
+		err = fsys.SyncDir(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}

@@ -1,0 +1,219 @@
+package bitmap
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"slices"
+)
+
+const (
+	// segmentBytes is how much change one segment takes before the next begins:
+	// the precision of Since, in bytes of volume.
+	segmentBytes = 256 << 10
+	// segmentsMax bounds the segments; beyond it the oldest are merged even
+	// where somebody may want to tell them apart.
+	segmentsMax = 4096
+)
+
+// Changes records which blocks changed after which seq, as far back as it was
+// begun: the dirty bitmap of every absent replica at once. Each replica keeps
+// one, and marks it as it applies the log, so all replicas know the same and a
+// failover loses nothing. It is a list of segments, each a bitmap of what
+// changed in a run of seqs. Since(seq) is exact to a segment; old segments are
+// merged except where a pin asks for the border.
+type Changes struct {
+	segs []segment
+	// pins are the seqs that absent replicas will ask for.
+	pins map[string]uint64
+}
+
+type segment struct {
+	after uint64 // it covers the seqs above after, to the next segment's after
+	bytes int64
+	bits  *Bitmap
+}
+
+// NewChanges begins a record that knows everything after the seq.
+func NewChanges(after uint64) *Changes {
+	return &Changes{segs: []segment{{after: after, bits: New()}}, pins: map[string]uint64{}}
+}
+
+// Floor returns the seq after which everything is known.
+func (c *Changes) Floor() uint64 { return c.segs[0].after }
+
+// Mark records that the entry seq changed the byte range. Seqs do not fall,
+// except that a replay after a crash marks again what was marked before.
+func (c *Changes) Mark(seq, off, length uint64) {
+	s := &c.segs[len(c.segs)-1]
+	if s.bytes >= segmentBytes && seq > s.after+1 {
+		c.segs = append(c.segs, segment{after: seq - 1, bits: New()})
+		s = &c.segs[len(c.segs)-1]
+	}
+	s.bits.Mark(off, length)
+	s.bytes += int64(min(length, 1<<40)) + BlockSize/8
+}
+
+// Since returns the blocks that changed after seq, perhaps a few more. ok is
+// false when the record does not reach back that far.
+func (c *Changes) Since(seq uint64) (b *Bitmap, ok bool) {
+	if seq < c.Floor() {
+		return nil, false
+	}
+	b = New()
+	for i := len(c.segs) - 1; i >= 0; i-- {
+		b.Union(c.segs[i].bits)
+		if c.segs[i].after <= seq {
+			break
+		}
+	}
+	return b, true
+}
+
+// Pin keeps the border at seq for the named replica.
+func (c *Changes) Pin(name string, seq uint64) { c.pins[name] = seq }
+
+// Unpin ends a Pin.
+func (c *Changes) Unpin(name string) { delete(c.pins, name) }
+
+// Pinned reports whether the name has a pin.
+func (c *Changes) Pinned(name string) bool { _, ok := c.pins[name]; return ok }
+
+// Merge joins segments that nobody will ask to tell apart: those that begin at
+// or below the horizon, unless the answer for a pin, or for the horizon itself,
+// begins there: a replica whose log ends at the horizon may yet go away.
+func (c *Changes) Merge(horizon uint64) {
+	if len(c.segs) < 3 {
+		return
+	}
+	keep := map[int]bool{}
+	border := func(seq uint64) {
+		i, exact := slices.BinarySearchFunc(c.segs, seq, cmpAfter)
+		if !exact {
+			i--
+		}
+		keep[i] = true
+	}
+	border(horizon)
+	for _, seq := range c.pins {
+		border(seq)
+	}
+	over := len(c.segs) - segmentsMax
+	out := c.segs[:1]
+	for i := 1; i < len(c.segs); i++ {
+		s := c.segs[i]
+		if !keep[i] && (s.after <= horizon || i <= over) {
+			last := &out[len(out)-1]
+			last.bits.Union(s.bits)
+			last.bytes += s.bytes
+			continue
+		}
+		out = append(out, s)
+	}
+	clear(c.segs[len(out):])
+	c.segs = out
+}
+
+func cmpAfter(s segment, seq uint64) int { return cmp.Compare(s.after, seq) }
+
+// Segments returns how many segments there are, for tests and metrics.
+func (c *Changes) Segments() int { return len(c.segs) }
+
+// Marshal encodes the record.
+//
+//	u32 segments { u64 after, u32 n, n bytes of bitmap } u32 pins { u16 n, n bytes of name, u64 seq }
+func (c *Changes) Marshal() ([]byte, error) {
+	p := binary.LittleEndian.AppendUint32(nil, uint32(len(c.segs)))
+	for _, s := range c.segs {
+		bits, err := s.bits.Marshal()
+		if err != nil {
+			return nil, err
+		}
+		p = binary.LittleEndian.AppendUint64(p, s.after)
+		p = binary.LittleEndian.AppendUint32(p, uint32(len(bits)))
+		p = append(p, bits...)
+	}
+	p = binary.LittleEndian.AppendUint32(p, uint32(len(c.pins)))
+	names := make([]string, 0, len(c.pins))
+	for n := range c.pins {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for _, n := range names {
+		p = binary.LittleEndian.AppendUint16(p, uint16(len(n)))
+		p = append(p, n...)
+		p = binary.LittleEndian.AppendUint64(p, c.pins[n])
+	}
+	return p, nil
+}
+
+// UnmarshalChanges decodes what Marshal made.
+func UnmarshalChanges(p []byte) (*Changes, error) {
+	d := decoder{p: p}
+	n := d.u32()
+	if n == 0 || n > 2*segmentsMax {
+		return nil, fmt.Errorf("%w: %d segments", ErrCorrupt, n)
+	}
+	c := &Changes{pins: map[string]uint64{}}
+	for range n {
+		after := d.u64()
+		bits, err := Unmarshal(d.bytes(int(d.u32())))
+		if err != nil {
+			return nil, err
+		}
+		if len(c.segs) > 0 && after <= c.segs[len(c.segs)-1].after {
+			return nil, fmt.Errorf("%w: segment after %d out of order", ErrCorrupt, after)
+		}
+		c.segs = append(c.segs, segment{after: after, bits: bits, bytes: bits.Bytes()})
+	}
+	for range d.u32() {
+		name := string(d.bytes(int(d.u16())))
+		if seq := d.u64(); !d.short {
+			c.pins[name] = seq
+		}
+		if d.short {
+			break
+		}
+	}
+	if d.short || len(d.p) != 0 {
+		return nil, fmt.Errorf("%w: change record is cut or has bytes left over", ErrCorrupt)
+	}
+	return c, nil
+}
+
+// decoder reads little-endian fields; short is set once there are too few bytes.
+type decoder struct {
+	p     []byte
+	short bool
+}
+
+func (d *decoder) bytes(n int) []byte {
+	if n < 0 || n > len(d.p) {
+		d.short, d.p = true, nil
+		return nil
+	}
+	b := d.p[:n]
+	d.p = d.p[n:]
+	return b
+}
+
+func (d *decoder) u16() uint16 {
+	if b := d.bytes(2); b != nil {
+		return binary.LittleEndian.Uint16(b)
+	}
+	return 0
+}
+
+func (d *decoder) u32() uint32 {
+	if b := d.bytes(4); b != nil {
+		return binary.LittleEndian.Uint32(b)
+	}
+	return 0
+}
+
+func (d *decoder) u64() uint64 {
+	if b := d.bytes(8); b != nil {
+		return binary.LittleEndian.Uint64(b)
+	}
+	return 0
+}

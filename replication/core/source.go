@@ -1,0 +1,318 @@
+package core
+
+import (
+	"hash/crc32"
+	"slices"
+
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/invariant"
+	"github.com/blockstep/blockstep/replication/bitmap"
+	"github.com/blockstep/blockstep/replication/wire"
+)
+
+// resyncRun is what the primary knows of one resync. All of it can be lost: the
+// target knows what it lacks.
+type resyncRun struct {
+	todo     *bitmap.Bitmap // nil until the target has said what it lacks
+	askedAt  Instant
+	cursor   uint64
+	nextID   uint64 // of reads
+	sendID   uint64 // of messages
+	reads    []*blockRead
+	flight   []blockFlight
+	inflight int64
+	lastSent bool
+	since    Instant // for the rate
+	credit   int64   // bytes that the rate allows now
+	moved    int64
+	total    int64
+}
+
+type blockRead struct {
+	id       uint64
+	off, len uint64
+	spoiled  bool // an entry that touches it was appended since the read began
+	waiting  bool // to be read again
+	spoils   int
+}
+
+type blockFlight struct{ id, len uint64 }
+
+// tickResync begins a resync, or asks again where an answer is missing.
+func (c *Core) tickResync(pr *peer) {
+	if !c.heard(pr) || c.inSet(pr.node) || pr.state == peerFailed {
+		return
+	}
+	if ch := c.p.change; ch != nil && slices.Contains(ch.set, pr.node) {
+		return // it may be in the set by now: the outcome comes first
+	}
+	switch {
+	case pr.state == peerResync:
+		if pr.run == nil || c.now >= pr.run.askedAt+Instant(c.cfg.RetryAfter) {
+			c.startResync(pr)
+		}
+	case pr.state == peerStream && pr.inconsistent:
+		if pr.run == nil {
+			pr.run = &resyncRun{}
+		}
+		if pr.run.todo == nil && c.now >= pr.run.askedAt+Instant(c.cfg.RetryAfter) {
+			pr.run.askedAt = c.now
+			c.early = append(c.early, Out{To: pr.node, Msg: &wire.ResyncStart{Epoch: c.p.epoch, Stream: pr.stream, Continue: true}})
+		}
+	}
+	c.refill(pr)
+}
+
+// startResync tells a replica to begin anew at our applied position.
+func (c *Core) startResync(pr *peer) {
+	dirty, known := c.changes.Since(uint64(pr.since))
+	whole := pr.whole || !known
+	if whole {
+		dirty = bitmap.New()
+		dirty.Mark(0, c.view.Size)
+	}
+	db, err := dirty.Marshal()
+	invariant.Assert(err == nil, "core: bitmap: %v", err)
+	cb, err := c.changes.Marshal()
+	invariant.Assert(err == nil, "core: changes: %v", err)
+	if len(db)+len(cb) > resyncDirtyMax {
+		cb, err = bitmap.NewChanges(uint64(c.applied)).Marshal()
+		invariant.Assert(err == nil, "core: changes: %v", err)
+	}
+	data := wire.ResyncData{
+		Dirty: db, Changes: cb, History: c.hist.cut(c.applied), DedupFloor: c.dedup.floor,
+	}
+	for _, e := range c.dedup.ents[c.dedup.head:] {
+		if e.Seq <= c.applied {
+			data.Dedup = append(data.Dedup, e)
+		}
+	}
+	p := c.lend(data.Encode(nil))
+	pr.stream++
+	pr.run = &resyncRun{askedAt: c.now}
+	pr.resyncBase = c.applied
+	c.event(Event{Name: "resync", From: "Absent", To: "Resyncing", Peer: pr.node, Rule: pr.rule, Pos: c.posAt(c.applied)})
+	c.early = append(c.early, Out{To: pr.node, Msg: &wire.ResyncStart{
+		Epoch: c.p.epoch, Stream: pr.stream, Base: c.posAt(c.applied), Since: pr.since, Whole: whole,
+		PayloadCRC: crc32.Checksum(p.B, castagnoli), Payload: p,
+	}})
+	pr.lastSent = c.now
+}
+
+func (c *Core) onResyncState(from ident.Node, m *wire.ResyncState) {
+	pr := c.accept(from, m.Epoch, m.Replica, m.Incarnation)
+	if pr == nil || m.Stream != pr.stream || pr.run == nil || m.Payload == nil || c.inSet(from) {
+		return
+	}
+	todo, err := bitmap.Unmarshal(m.Payload.B)
+	if err != nil {
+		return
+	}
+	if pr.state == peerResync {
+		// It has begun anew at the base that this stream named.
+		pr.state = peerStream
+		pr.matched, pr.durable = max(pr.matched, pr.resyncBase), max(pr.durable, pr.resyncBase)
+		pr.next = pr.resyncBase + 1
+		pr.flight, pr.inflight, pr.reading = pr.flight[:0], 0, false
+		pr.inconsistent = true
+	}
+	r := pr.run
+	for _, x := range c.unapplied.after(max(pr.next, 1) - 1) {
+		todo.Clear(x.off, x.len) // a live entry will bring it
+	}
+	r.todo, r.cursor, r.lastSent = todo, 0, false
+	r.reads, r.flight, r.inflight = nil, nil, 0
+	r.since = c.now
+	r.total = max(r.total, r.moved+todo.Bytes())
+}
+
+func (c *Core) onBlocksAck(from ident.Node, m *wire.BlocksAck) {
+	pr := c.peer(from)
+	if pr == nil || !c.isPrimary() || m.Epoch != c.p.epoch || m.Stream != pr.stream || pr.run == nil {
+		return
+	}
+	r := pr.run
+	for len(r.flight) > 0 && r.flight[0].id <= m.ID {
+		r.inflight -= int64(r.flight[0].len)
+		r.flight = r.flight[1:]
+	}
+}
+
+// touched tells the resyncs under way that an entry has been appended.
+func (c *Core) touched(off, length uint64) {
+	for _, pr := range c.p.peers {
+		if pr.run == nil || pr.run.todo == nil {
+			continue
+		}
+		for _, rd := range pr.run.reads {
+			if rd.off < off+length && off < rd.off+rd.len {
+				rd.spoiled = true
+			}
+		}
+		pr.run.todo.Clear(off, length)
+	}
+}
+
+// refill gives a resync what its rate allows: all there is without a ceiling
+// and while no client is busy; the floor while one is.
+func (c *Core) refill(pr *peer) {
+	r := pr.run
+	if r == nil {
+		return
+	}
+	rate := c.cfg.ResyncMax
+	if c.busy() && c.cfg.ResyncMin > 0 && (rate == 0 || c.cfg.ResyncMin < rate) {
+		rate = c.cfg.ResyncMin
+	}
+	if rate == 0 {
+		r.credit, r.since = resyncWindow, c.now
+		return
+	}
+	elapsed := int64(c.now - r.since)
+	if elapsed <= 0 {
+		return
+	}
+	add := int64(float64(rate) * float64(elapsed) / 1e9)
+	if add == 0 {
+		return
+	}
+	r.since = c.now
+	r.credit = min(r.credit+add, max(rate/4, int64(c.cfg.ResyncChunk)))
+}
+
+// busy reports whether a client has asked for anything lately.
+func (c *Core) busy() bool { return c.p.requestAt != 0 && c.now < c.p.requestAt+busyFor }
+
+// readyResync asks for the next blocks of a resync, as far as window and rate
+// allow.
+func (c *Core) readyResync(pr *peer) {
+	r := pr.run
+	if r == nil || r.todo == nil || pr.state != peerStream || !c.heard(pr) {
+		return
+	}
+	c.refill(pr)
+	c.again(pr)
+	wrapped := false
+	for len(r.reads) < resyncReads && r.inflight < resyncWindow && r.credit > 0 && !r.todo.Empty() {
+		off, length, ok := r.todo.Next(r.cursor, uint64(c.cfg.ResyncChunk))
+		if !ok {
+			if wrapped {
+				break
+			}
+			r.cursor, wrapped = 0, true
+			continue
+		}
+		r.cursor = off + length
+		if off >= c.view.Size {
+			r.todo.ClearTouched(off, length)
+			continue
+		}
+		length = min(length, c.view.Size-off)
+		if r.readingAt(off, length) {
+			continue
+		}
+		if c.uncommittedAt(off, length) {
+			continue // its turn comes again
+		}
+		r.nextID++
+		r.reads = append(r.reads, &blockRead{id: r.nextID, off: off, len: length})
+		r.credit -= int64(length)
+		c.blockReads = append(c.blockReads, BlockRead{Peer: pr.node, Stream: pr.stream, ID: r.nextID, Off: off, Len: length})
+	}
+	if r.todo.Empty() && len(r.reads) == 0 && len(r.flight) == 0 && !r.lastSent && pr.inconsistent && pr.next > c.last.Seq {
+		r.lastSent = true
+		r.askedAt = c.now
+		c.early = append(c.early, Out{To: pr.node, Msg: &wire.Blocks{Epoch: c.p.epoch, Stream: pr.stream, AsOf: pr.next - 1, Last: true}})
+	}
+	if r.lastSent && c.now >= r.askedAt+Instant(c.cfg.RetryAfter) {
+		r.lastSent = false // entries that were to bring blocks may have been under way
+	}
+}
+
+func (r *resyncRun) readingAt(off, length uint64) bool {
+	for _, rd := range r.reads {
+		if rd.off < off+length && off < rd.off+rd.len {
+			return true
+		}
+	}
+	return false
+}
+
+// uncommittedAt reports whether an entry that is not committed touches the range.
+func (c *Core) uncommittedAt(off, length uint64) bool {
+	ents := c.unapplied.after(c.commit)
+	for i := range ents {
+		if ents[i].overlaps(off, length) {
+			return true
+		}
+	}
+	return false
+}
+
+// BlocksRead brings what Ready asked for. The blocks are borrowed until the
+// effects of the next Ready are performed. ok is false when the read failed.
+func (c *Core) BlocksRead(now Instant, q BlockRead, blocks []wire.Block, ok bool) {
+	c.advance(now)
+	pr := c.peer(q.Peer)
+	if pr == nil || !c.isPrimary() || pr.stream != q.Stream || pr.run == nil {
+		return
+	}
+	r := pr.run
+	i := 0
+	for i < len(r.reads) && r.reads[i].id != q.ID {
+		i++
+	}
+	if i == len(r.reads) {
+		return
+	}
+	rd := r.reads[i]
+	if !ok {
+		r.reads = append(r.reads[:i], r.reads[i+1:]...)
+		return // it stays to do
+	}
+	// It goes out only when all that the read may have seen has been sent, and
+	// nothing that came after the read began touches it.
+	if rd.spoiled || pr.next <= c.commit {
+		if rd.spoiled {
+			rd.spoils++
+		}
+		rd.spoiled, rd.waiting = false, true
+		return
+	}
+	r.reads = append(r.reads[:i], r.reads[i+1:]...)
+	r.todo.ClearTouched(rd.off, rd.len)
+	r.sendID++
+	r.flight = append(r.flight, blockFlight{id: r.sendID, len: rd.len})
+	r.inflight += int64(rd.len)
+	r.moved += int64(rd.len)
+	c.early = append(c.early, Out{To: pr.node, Msg: &wire.Blocks{
+		Epoch: c.p.epoch, Stream: pr.stream, ID: r.sendID, AsOf: pr.next - 1, Blocks: blocks,
+	}})
+}
+
+// again asks anew for the blocks whose read was in vain, once nothing stands in
+// the way.
+func (c *Core) again(pr *peer) {
+	for _, rd := range pr.run.reads {
+		if rd.waiting && pr.next > c.commit && !c.uncommittedAt(rd.off, rd.len) {
+			rd.waiting = false
+			c.blockReads = append(c.blockReads, BlockRead{Peer: pr.node, Stream: pr.stream, ID: rd.id, Off: rd.off, Len: rd.len})
+		}
+	}
+}
+
+// resyncHolds reports whether new writes wait for a block that clients keep
+// changing while it is read.
+func (c *Core) resyncHolds() bool {
+	for _, pr := range c.p.peers {
+		if pr.run == nil || pr.state != peerStream || !c.heard(pr) {
+			continue
+		}
+		for _, rd := range pr.run.reads {
+			if rd.spoils >= resyncSpoils {
+				return true
+			}
+		}
+	}
+	return false
+}

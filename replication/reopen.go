@@ -1,0 +1,131 @@
+package replication
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/vfs"
+	"github.com/blockstep/blockstep/replication/core"
+)
+
+const (
+	// reopenPause and reopenPauseMax are the pauses before a replica that had no room
+	// is opened anew, doubled from one time to the next.
+	reopenPause    = 2 * time.Second
+	reopenPauseMax = time.Minute
+	// roomBytes is what must be free before it is tried: some segments of the
+	// log and what waits to be applied of it.
+	roomBytes = 64 << 20
+	// roomFile is made and removed again to see whether that much is free.
+	roomFile = "room"
+)
+
+// noRoom reports whether an error says that a disk is full, which ends when
+// somebody makes room. An fsync that fails never counts: what it did not write
+// may be gone from memory.
+func noRoom(err error) bool {
+	var final *syncError
+	if errors.As(err, &final) {
+		return false
+	}
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// syncError is a failed fsync of the log.
+type syncError struct{ err error }
+
+// Error implements error.
+func (e *syncError) Error() string { return fmt.Sprintf("fsync the log: %v", e.err) }
+
+// Unwrap returns the cause.
+func (e *syncError) Unwrap() error { return e.err }
+
+// runReopen waits until there is room, and opens the replica anew in the place
+// of the one that had none: it recovers as after a crash of the process.
+func (v *Volume) runReopen(old *replica) {
+	for pause := reopenPause; ; pause = min(2*pause, reopenPauseMax) {
+		sleep(v.ctx, pause)
+		if v.ctx.Err() != nil {
+			return // Stop closes what is still open
+		}
+		if err := old.opt.room(); err != nil {
+			v.logger.Warn("replica waits for room", "error", err)
+			continue
+		}
+		if v.reopen(old) {
+			return
+		}
+	}
+}
+
+// reopen opens the replica anew, in the place of old. It reports whether that is
+// settled, one way or the other.
+func (v *Volume) reopen(old *replica) bool {
+	v.swap.Lock()
+	defer v.swap.Unlock()
+	if v.rep() != old || (old.stopping.Load() && !old.reopening.Load()) {
+		return true // it was given up meanwhile
+	}
+	old.reopening.Store(true)
+	if err := old.stop(false); err != nil {
+		v.logger.Warn("close the replica that had no room", "error", err)
+	}
+	rp, err := openReplica(v, old.opt)
+	var failed *failedError
+	switch {
+	case errors.As(err, &failed):
+		v.logger.Error("replica failed", "error", err)
+		v.opts.Cluster.MarkFailed(v.opts.Volume, failed.id, failed.reason)
+		return true
+	case err != nil:
+		v.logger.Warn("open the replica anew", "error", err)
+		return false
+	}
+	v.install(rp)
+	v.opts.Cluster.Event(v.opts.Volume, core.Event{Name: "reopened", From: "Failed", To: "CatchingUp", Rule: "the disk has room again"})
+	return true
+}
+
+// install puts a replica in the place of the one before, and tells it what the
+// other had been told.
+func (v *Volume) install(rp *replica) {
+	v.cmu.Lock()
+	defer v.cmu.Unlock()
+	rp.start()
+	v.current.Store(rp)
+	if v.view != nil {
+		rp.setView(*v.view)
+		v.primaryHere.Store(v.view.Primary == v.opts.Node && !v.stopped)
+	}
+	for node := range v.up {
+		rp.in.peer(node, true)
+	}
+}
+
+// room returns an error when there is not enough room for a replica to go on.
+func (o *ReplicaOptions) room() error {
+	dirs := []string{o.Dir}
+	if d := filepath.Dir(o.Store); d != o.Dir && !strings.HasPrefix(o.Store, "/dev/") {
+		dirs = append(dirs, d)
+	}
+	for _, d := range dirs {
+		if err := roomIn(o.FS, d); err != nil {
+			return fmt.Errorf("%d MiB are not free in %s: %w", roomBytes>>20, d, err)
+		}
+	}
+	return nil
+}
+
+func roomIn(fs vfs.FS, dir string) error {
+	path := filepath.Join(dir, roomFile)
+	f, err := fs.Open(path, vfs.Create)
+	if err != nil {
+		return err
+	}
+	err = f.Allocate(0, roomBytes)
+	return errors.Join(err, f.Close(), fs.Remove(path))
+}

@@ -1,0 +1,147 @@
+package replication
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/replication/core"
+)
+
+// syncer decides when the log is fsynced: at once when somebody waits for it,
+// else in the background, soon enough that applying and trimming never stop.
+type syncer struct {
+	mu      sync.Mutex
+	wake    chan struct{}
+	written ident.Seq
+	durable ident.Seq
+	want    ident.Seq // demanded
+	bytes   int64     // written and not fsynced
+	since   core.Instant
+	cuts    uint64 // generation of the log: a cut begins a new one
+}
+
+func newSyncer(durable, last ident.Seq) *syncer {
+	s := &syncer{wake: make(chan struct{}, 1), written: last, durable: durable}
+	if durable < last {
+		s.bytes = 1
+	}
+	return s
+}
+
+// wrote says that entries up to seq are in the log file.
+func (s *syncer) wrote(seq ident.Seq, bytes int64, now core.Instant) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bytes == 0 {
+		s.since = now
+		signal(s.wake) // arms the timer
+	}
+	s.written = seq
+	s.bytes += bytes + 1 // so that entries without a payload count too
+}
+
+// demand asks for an fsync of everything up to seq at once.
+func (s *syncer) demand(seq ident.Seq) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if seq > s.want {
+		s.want = seq
+		signal(s.wake)
+	}
+}
+
+// cut says that the log ends at seq now.
+func (s *syncer) cut(seq ident.Seq) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cuts++
+	s.written, s.durable, s.want = min(s.written, seq), min(s.durable, seq), min(s.want, seq)
+}
+
+// reset says that the log begins anew after seq.
+func (s *syncer) reset(seq ident.Seq) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cuts++
+	s.written, s.durable, s.want, s.bytes = seq, seq, 0, 0
+}
+
+func (s *syncer) generation() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cuts
+}
+
+func (s *syncer) durableSeq() ident.Seq {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.durable
+}
+
+// due reports whether an fsync is to begin now, and else how long it may wait
+// (0: until something is written). When it is due it notes that one begins.
+func (s *syncer) due(now core.Instant, l *Limits) (bool, time.Duration, uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bytes == 0 || s.written <= s.durable {
+		return false, 0, 0
+	}
+	left := time.Duration(s.since + core.Instant(l.SyncAge) - now)
+	if s.want > s.durable || s.bytes >= l.SyncBytes || left <= 0 {
+		s.bytes = 0
+		return true, 0, s.cuts
+	}
+	return false, left, 0
+}
+
+// done says that an fsync which began in generation gen covers up to seq.
+func (s *syncer) done(seq ident.Seq, gen uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if gen == s.cuts {
+		s.durable = max(s.durable, min(seq, s.written))
+	}
+	switch {
+	case s.written <= s.durable:
+		// The fsync has also covered what the loop had written but not told us
+		// of when it began. Left counted, it would keep wrote from waking us
+		// for the next entry.
+		s.bytes = 0
+	case s.bytes == 0:
+		s.bytes = 1 // a cut came between: what was written since needs its own
+	}
+}
+
+// runSyncer fsyncs the log until ctx ends.
+func (rp *replica) runSyncer(ctx context.Context) {
+	defer rp.wg.Done()
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		now, left, gen := rp.syncer.due(rp.clock.Boot(), &rp.v.opts.Limits)
+		if !now {
+			if left == 0 {
+				left = time.Hour
+			}
+			timer.Reset(left)
+			select {
+			case <-ctx.Done():
+			case <-rp.syncer.wake:
+			case <-timer.C:
+			}
+			continue
+		}
+		// Quiet: it is for the watch on a disk that hangs, which the tick keeps.
+		rp.in.pushQuiet(input{kind: inSyncStarted})
+		seq, err := rp.log.Sync()
+		if err != nil {
+			rp.in.push(input{kind: inSyncEnded, seq: 0, id: gen})
+			rp.fail(&syncError{err})
+			return
+		}
+		rp.syncer.done(seq, gen)
+		rp.in.push(input{kind: inSyncEnded, seq: seq, id: gen})
+	}
+}

@@ -1,0 +1,86 @@
+package wal
+
+import (
+	"errors"
+	"io"
+	"testing"
+
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/vfs"
+)
+
+// A spare has its room; its blocks are written where fsyncs are frequent.
+func TestSpare(t *testing.T) {
+	for _, often := range []bool{false, true} {
+		dirSyncs := 0
+		fs := vfs.Inject(vfs.NewMem(1), func(c vfs.Call) error {
+			if c.Op == vfs.OpSyncDir {
+				dirSyncs++
+			}
+			return nil
+		})
+		o := small(1)
+		l := create(t, fs, o)
+		l.house.prefill = often
+		l.house.prepare()
+		spare := l.house.spares[0]
+		if n, err := spare.file.Size(); err != nil || n != o.SegmentBytes {
+			t.Fatalf("a spare of %d bytes: %v", n, err)
+		}
+		_, err := spare.file.SeekData(0)
+		if written := !errors.Is(err, io.EOF); written != often {
+			t.Fatalf("synced often: %v, blocks written: %v", often, written)
+		}
+		dirSyncs = 0
+		must(t, l.Append(entries(1, 1, 10, 1000), 0)) // into the spare
+		syncTo(t, l, 10)
+		if dirSyncs != 0 {
+			t.Fatal("a spare's directory entry was not durable")
+		}
+		must(t, l.Append(entries(1, 11, 20, 1000), 0)) // into a file made on the spot
+		syncTo(t, l, 20)
+		if dirSyncs != 1 {
+			t.Fatalf("%d syncs of the directory for a new file", dirSyncs)
+		}
+	}
+}
+
+// A disk that is full when a spare is prepared costs the spare and no more.
+func TestSpareThatCannotBeMade(t *testing.T) {
+	mem := vfs.NewMem(1)
+	l := create(t, mem, small(1))
+	mem.SetCapacity(mem.Used() + 4096)
+	l.house.prepare()
+	names, err := mem.List(logDir)
+	must(t, err)
+	if len(l.house.spares) != 0 || len(names) != 1 {
+		t.Fatalf("%d spares, files %v", len(l.house.spares), names)
+	}
+	mem.SetCapacity(0)
+	must(t, l.Append(entries(1, 1, 20, 1000), 0))
+	check(t, l, entries(1, 1, 20, 1000))
+}
+
+// The goroutine ends with Close, whatever it was asked to do.
+func TestHouseEnds(t *testing.T) {
+	for range 20 {
+		o := small(1)
+		o.Inline, o.SegmentBytes = false, 256<<10
+		l, err := Create(vfs.NewMem(1), logDir, pos(0, 0), o)
+		must(t, err)
+		for s := ident.Seq(1); s <= 200; s += 20 {
+			must(t, l.Append(entries(1, s, s+19, 4096), l.Durable()))
+			_, err := l.Sync()
+			must(t, err)
+			must(t, l.TrimTo(s))
+		}
+		must(t, l.Close())
+		must(t, l.Close())
+		if _, err := l.Sync(); !errors.Is(err, ErrClosed) {
+			t.Fatalf("sync after close: %v", err)
+		}
+		if _, err := l.Read(1, 1, nil); !errors.Is(err, ErrClosed) {
+			t.Fatalf("read after close: %v", err)
+		}
+	}
+}
