@@ -125,7 +125,7 @@ func (s *Sim) unblock(i, j int) {
 			for _, e := range c.held {
 				e.at = max(s.now+s.delay(50*us, ms), c.lastAt+1)
 				c.lastAt = e.at
-				s.q.push(e)
+				s.q.push(&e)
 			}
 			c.held = c.held[:0]
 			from, to := l.ends(d)
@@ -167,7 +167,7 @@ func (s *Sim) send(n *node, o core.Out) {
 	}
 	e.at = max(s.now+s.delay(50*us, 3*ms), c.lastAt+1)
 	c.lastAt = e.at
-	s.q.push(e)
+	s.q.push(&e)
 }
 
 // sendWild loses, doubles and reorders messages, and lets them arrive at a

@@ -866,7 +866,7 @@ func (s *Sim) cont(n *node) {
 	n.deferred = nil
 	for i := range todo {
 		todo[i].at = s.now
-		s.q.push(todo[i])
+		s.q.push(&todo[i])
 	}
 }
 

@@ -42,7 +42,6 @@ const (
 
 type event struct {
 	at   int64
-	ord  uint64
 	kind kind
 	node int
 	b    int
@@ -53,49 +52,74 @@ type event struct {
 	fn   func()
 }
 
-// queue is a binary heap by time, then by order of arrival.
+// queue is a binary heap by time, then by order of arrival. The heap holds keys
+// without pointers, which are cheap to move; the events lie in slots.
 type queue struct {
-	h   []event
-	ord uint64
+	h     []queueKey
+	slots []event
+	free  []int32
+	ord   uint64
 }
 
-func (q *queue) less(i, j int) bool {
-	return q.h[i].at < q.h[j].at || (q.h[i].at == q.h[j].at && q.h[i].ord < q.h[j].ord)
+type queueKey struct {
+	at   int64
+	ord  uint64
+	slot int32
 }
 
-func (q *queue) push(e event) {
+func (k *queueKey) less(l *queueKey) bool {
+	return k.at < l.at || (k.at == l.at && k.ord < l.ord)
+}
+
+func (q *queue) push(e *event) {
 	q.ord++
-	e.ord = q.ord
-	q.h = append(q.h, e)
-	for i := len(q.h) - 1; i > 0; {
+	slot := int32(len(q.slots))
+	if n := len(q.free); n > 0 {
+		slot, q.free = q.free[n-1], q.free[:n-1]
+		q.slots[slot] = *e
+	} else {
+		q.slots = append(q.slots, *e)
+	}
+	k := queueKey{e.at, q.ord, slot}
+	q.h = append(q.h, k)
+	i := len(q.h) - 1
+	for i > 0 {
 		p := (i - 1) / 2
-		if !q.less(i, p) {
+		if !k.less(&q.h[p]) {
 			break
 		}
-		q.h[i], q.h[p] = q.h[p], q.h[i]
+		q.h[i] = q.h[p]
 		i = p
 	}
+	q.h[i] = k
 }
 
 func (q *queue) pop() event {
-	e := q.h[0]
+	slot := q.h[0].slot
+	e := q.slots[slot]
+	q.slots[slot].msg, q.slots[slot].fn = nil, nil
+	q.free = append(q.free, slot)
 	n := len(q.h) - 1
-	q.h[0] = q.h[n]
-	q.h[n] = event{}
+	k := q.h[n]
 	q.h = q.h[:n]
-	for i := 0; ; {
+	if n == 0 {
+		return e
+	}
+	i := 0
+	for {
 		c := 2*i + 1
 		if c >= n {
 			break
 		}
-		if c+1 < n && q.less(c+1, c) {
+		if c+1 < n && q.h[c+1].less(&q.h[c]) {
 			c++
 		}
-		if !q.less(c, i) {
+		if !q.h[c].less(&k) {
 			break
 		}
-		q.h[i], q.h[c] = q.h[c], q.h[i]
+		q.h[i] = q.h[c]
 		i = c
 	}
+	q.h[i] = k
 	return e
 }

@@ -260,7 +260,7 @@ func (s *Sim) RunFor(d int64) {
 
 func (s *Sim) at(after int64, e event) {
 	e.at = s.now + after
-	s.q.push(e)
+	s.q.push(&e)
 }
 
 // delay draws a time between lo and hi, mostly near lo.

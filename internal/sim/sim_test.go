@@ -2,10 +2,21 @@ package sim
 
 import (
 	"flag"
+	"maps"
 	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
 	"strconv"
+	"sync"
 	"testing"
 )
+
+// TestMain trades memory for time: a history is short and makes much garbage.
+func TestMain(m *testing.M) {
+	debug.SetGCPercent(400)
+	os.Exit(m.Run())
+}
 
 var (
 	seedFlag   = flag.Uint64("seed", 0, "the one history to play (TestSeed)")
@@ -43,32 +54,69 @@ func failuresMax() int {
 	return 10
 }
 
+// tally is what the histories of a run came to.
+type tally struct {
+	sum      Result
+	excused  map[string]int
+	failures map[uint64]error // by seed
+}
+
+func (y *tally) add(seed uint64, r *Result) {
+	y.sum.Events += r.Events
+	y.sum.Entries += r.Entries
+	y.sum.Answered += r.Answered
+	y.sum.Reads += r.Reads
+	y.sum.Epochs += r.Epochs
+	y.sum.Losses += r.Losses
+	if r.Excused != "" {
+		y.excused[r.Excused]++
+	}
+	if r.Err != nil {
+		y.failures[seed] = r.Err
+	}
+}
+
+// playAll plays the histories from+1 … from+n, one a processor at a time, and
+// begins no further one after most have failed. The seeds are begun in order, so
+// the lowest that fails is the same in each run.
+func playAll(from, n uint64, most int) tally {
+	y := tally{excused: map[string]int{}, failures: map[uint64]error{}}
+	var mu sync.Mutex
+	next := from
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for {
+				mu.Lock()
+				if next == from+n || len(y.failures) >= most {
+					mu.Unlock()
+					return
+				}
+				next++
+				seed := next
+				mu.Unlock()
+				r := Run(Draw(seed))
+				mu.Lock()
+				y.add(seed, &r)
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return y
+}
+
 // TestHistories plays random histories. A failing one names the command that
 // plays it again.
 func TestHistories(t *testing.T) {
 	from, n := seeds(t)
-	var sum Result
-	failed, excused := 0, map[string]int{}
-	for seed := from + 1; seed <= from+n; seed++ {
-		r := Run(Draw(seed))
-		sum.Events += r.Events
-		sum.Entries += r.Entries
-		sum.Answered += r.Answered
-		sum.Reads += r.Reads
-		sum.Epochs += r.Epochs
-		sum.Losses += r.Losses
-		if r.Excused != "" {
-			excused[r.Excused]++
-		}
-		if r.Err != nil {
-			t.Errorf("seed %d: %v\nplay it again: go test ./internal/sim -run TestSeed -seed=%d -v -events", seed, r.Err, seed)
-			if failed++; failed >= failuresMax() {
-				break
-			}
-		}
+	y := playAll(from, n, failuresMax())
+	for _, seed := range slices.Sorted(maps.Keys(y.failures)) {
+		t.Errorf("seed %d: %v\nplay it again: go test -tags invariants ./internal/sim -run TestSeed -seed=%d -v -events", seed, y.failures[seed], seed)
 	}
-	t.Logf("%d events, %d entries, %d answers, %d reads, %d epochs, %d power losses; not converged: %v",
-		sum.Events, sum.Entries, sum.Answered, sum.Reads, sum.Epochs, sum.Losses, excused)
+	sum := &y.sum
+	t.Logf("%d events, %d entries, %d answers, %d reads, %d epochs, %d losses; not converged: %v",
+		sum.Events, sum.Entries, sum.Answered, sum.Reads, sum.Epochs, sum.Losses, y.excused)
 }
 
 // TestSeed plays one history again.
