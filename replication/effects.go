@@ -132,6 +132,11 @@ func (rp *replica) performDisk(e *core.Effects) (bool, error) {
 // append writes entries to the log file, and only then shows them to readers
 // and the applier.
 func (rp *replica) append(entries []wire.Entry) error {
+	for i := range entries {
+		if err := rp.grow(entries[i].End()); err != nil {
+			return err
+		}
+	}
 	if err := rp.log.Append(entries, rp.syncer.durableSeq()); err != nil {
 		return fmt.Errorf("append %d entries to the log: %w", len(entries), err)
 	}
@@ -220,6 +225,13 @@ func (rp *replica) performBackground(e *core.Effects) error {
 	for _, q := range e.BlockReads {
 		rp.wg.Add(1)
 		go rp.runBlockRead(q)
+	}
+	for _, m := range e.WriteBlocks {
+		for i := range m.Blocks {
+			if err := rp.grow(m.Blocks[i].Off + m.Blocks[i].Len); err != nil {
+				return err
+			}
+		}
 	}
 	if len(e.WriteBlocks) > 0 {
 		rp.applier.write(e.WriteBlocks)

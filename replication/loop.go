@@ -237,7 +237,10 @@ func (rp *replica) setView(v core.View) {
 	}})
 }
 
-// grow makes the backing store as large as the volume has become.
+// grow makes the backing store as large as the volume has become. The log may
+// know it before the cluster state is seen here: an entry or a block beyond the
+// end is the news (resize-write-before-view). It is durable before such an entry
+// is in the log, so that a restart finds room for it.
 func (rp *replica) grow(size uint64) error {
 	if size <= rp.meta.Size || rp.failedWith != nil {
 		return nil //nolint:nilerr // it was told when it happened

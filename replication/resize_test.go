@@ -1,0 +1,54 @@
+package replication
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A secondary hears of the new size later than of a write behind the old one: the
+// write is the news (resize-write-before-view). It must not take it for a disk
+// that failed.
+func TestAWriteComesBeforeTheNewSize(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const old, grown = 1 << 20, 4 << 20
+		c := newTestCluster(t, old, 3)
+		defer c.close()
+		prim := c.promote("n1")
+		c.mu.Lock()
+		c.view.Size = grown
+		view := c.view
+		c.mu.Unlock()
+		c.nodes[prim].volume().SetView(view) // the others have not heard
+		s := c.session(prim)
+		want := pattern(5, 8192)
+		s.mustWrite(grown-8192, want)
+		s.must(s.flush())
+		time.Sleep(15 * time.Second) // applied, and in a checkpoint
+		for _, name := range c.names {
+			if st := c.nodes[name].volume().Status().Core; st.State == "Failed" {
+				t.Errorf("%s failed: %s", name, st.Reason)
+			}
+		}
+		for _, name := range c.names {
+			if name == prim {
+				continue
+			}
+			got := make([]byte, len(want))
+			if _, err := c.nodes[name].volume().ReadReplica(got, grown-8192); err != nil {
+				t.Errorf("%s: %v", name, err)
+			} else if string(got) != string(want) {
+				t.Errorf("%s has other bytes", name)
+			}
+			// It is known after a crash too.
+			c.kill(name)
+			c.start(name)
+		}
+		c.push()
+		time.Sleep(5 * time.Second)
+		s.mustRead(grown-8192, want)
+		if len(c.fails) > 0 {
+			t.Errorf("failed: %v", c.fails)
+		}
+	})
+}
