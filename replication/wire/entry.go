@@ -56,19 +56,13 @@ func (e *Entry) PayloadLen() int {
 // MarkerType is what a marker entry says.
 type MarkerType uint8
 
-// The markers of design sections 4 and 6.
-const (
-	MarkerEpoch  MarkerType = iota + 1 // the first entry of a new primary
-	MarkerLeave                        // Replica leaves: its bitmap is built from Base on
-	MarkerJoin                         // Replica is back in the in-sync set
-	MarkerResize                       // the volume has Size bytes from here on
-)
+// MarkerEpoch is the first entry of a new primary (design section 4, step 4). It
+// is the only type: docs/adr/0011 says what became of the others.
+const MarkerEpoch MarkerType = 1
 
 // Marker is the payload of a KindMarker entry.
 type Marker struct {
 	Type    MarkerType
-	Node    ident.Node     // MarkerEpoch: the primary; Leave, Join: the replica's node
-	Replica ident.Replica  // Leave, Join
-	Base    ident.Position // Leave: its last known durable position
-	Size    uint64         // Resize
+	Node    ident.Node    // the primary
+	Replica ident.Replica // its replica
 }

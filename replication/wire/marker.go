@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"fmt"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -9,6 +10,7 @@ import (
 const (
 	markerVersion = 1
 	markerFixed   = 36
+	markerZero    = 24 // bytes of zero at the end of the fixed part
 	// MarkerLenMax is the most bytes that an encoded Marker has.
 	MarkerLenMax = markerFixed + NameMax
 )
@@ -20,13 +22,12 @@ func EncodeMarker(dst []byte, m Marker) ([]byte, error) {
 	if len(m.Node) > NameMax {
 		return dst, fmt.Errorf("%w: node name of %d bytes", ErrLimit, len(m.Node))
 	}
-	if m.Type < MarkerEpoch || m.Type > MarkerResize {
+	if m.Type != MarkerEpoch {
 		return dst, fmt.Errorf("%w: marker of type %d", ErrMalformed, m.Type)
 	}
 	dst = append(dst, markerVersion, byte(m.Type), 0, byte(len(m.Node)))
 	dst = le.AppendUint64(dst, uint64(m.Replica))
-	dst = putPosition(dst, m.Base)
-	dst = le.AppendUint64(dst, m.Size)
+	dst = append(dst, make([]byte, markerZero)...)
 	return append(dst, m.Node...), nil
 }
 
@@ -42,11 +43,9 @@ func DecodeMarker(b []byte) (Marker, error) {
 	m := Marker{
 		Type:    MarkerType(b[1]),
 		Replica: ident.Replica(le.Uint64(b[4:])),
-		Base:    ident.Position{Epoch: ident.Epoch(le.Uint64(b[12:])), Seq: ident.Seq(le.Uint64(b[20:]))},
-		Size:    le.Uint64(b[28:]),
 		Node:    ident.Node(b[markerFixed:]),
 	}
-	if m.Type < MarkerEpoch || m.Type > MarkerResize {
+	if m.Type != MarkerEpoch || !bytes.Equal(b[markerFixed-markerZero:markerFixed], make([]byte, markerZero)) {
 		return Marker{}, fmt.Errorf("%w: marker of type %d", ErrMalformed, m.Type)
 	}
 	return m, nil

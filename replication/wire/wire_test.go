@@ -104,7 +104,7 @@ func view(m Message) string {
 
 // samples has one message of each type, with every field set.
 func samples(t testing.TB) []Message {
-	marker, err := EncodeMarker(nil, Marker{Type: MarkerLeave, Node: "gamma", Replica: 7, Base: ident.Position{Epoch: 3, Seq: 40}, Size: 1 << 30})
+	marker, err := EncodeMarker(nil, Marker{Type: MarkerEpoch, Node: "gamma", Replica: 7})
 	if err != nil {
 		t.Fatal(err)
 	}
