@@ -724,6 +724,55 @@ func TestNewVolumeGetsItsFirstPrimary(t *testing.T) {
 	})
 }
 
+// newReplicas are whole and empty, one a volume and node.
+type newReplicas struct{}
+
+func newReplicaID(vol ident.Volume, n ident.Node) ident.Replica {
+	return ident.Replica(1000*uint64(vol) + uint64(n[0]))
+}
+
+func (newReplicas) Seal(_ context.Context, n ident.Node, vol ident.Volume, epoch ident.Epoch) (ident.SealAnswer, error) {
+	return ident.SealAnswer{Epoch: epoch, Promised: epoch, Replica: newReplicaID(vol, n), Incarnation: 1}, nil
+}
+
+func (newReplicas) Drain(context.Context, ident.Node, ident.Volume, ident.Epoch) error { return nil }
+
+// New volumes spread their first primaries over the nodes, also when they are
+// made all at once.
+func TestNewVolumesSpreadTheirPrimaries(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t)
+		r.stop()
+		names := []ident.Node{"a", "b", "c"}
+		for id := ident.Volume(2); id <= 9; id++ {
+			vol := &state.CreateVolume{Name: fmt.Sprint("v", id), ID: id, Size: 1 << 20}
+			for _, n := range names {
+				vol.Replicas = append(vol.Replicas, state.Replica{Node: n})
+			}
+			r.do(state.Command{CreateVolume: vol})
+			for _, n := range names {
+				r.do(state.Command{RegisterReplica: &state.RegisterReplica{Volume: id, Node: n, Replica: newReplicaID(id, n)}})
+			}
+		}
+		c := NewController(ControllerOptions{Cluster: r.cluster, Replicas: newReplicas{}, Logger: testLogger(t)})
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = c.Run(ctx) })
+		time.Sleep(10 * time.Second)
+		cancel()
+		wg.Wait()
+		has := map[ident.Node]int{}
+		for _, v := range r.cluster.State().Volumes {
+			has[v.Primary]++
+		}
+		for _, n := range names {
+			if has[n] != 3 {
+				t.Fatalf("primaries of 9 volumes: %v", has)
+			}
+		}
+	})
+}
+
 // Several operators and reports at once end in one primary an epoch.
 func TestManyAtOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {

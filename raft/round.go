@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -65,6 +66,9 @@ func (c *Controller) next(ctx context.Context, t *volumeTask) (*request, *job, t
 		s := c.o.Cluster.State()
 		if v := s.Volumes[t.id]; v != nil && !v.Deleted {
 			waiting := ""
+			if v.Epoch == 0 && t.first == "" {
+				t.first = c.firstLocked(s, v)
+			}
 			j, wait := automatic(s, v, t, time.Now(), &waiting)
 			if j != nil || wait > 0 {
 				return nil, j, wait
@@ -74,6 +78,29 @@ func (c *Controller) next(ctx context.Context, t *volumeTask) (*request, *job, t
 	}
 	t.running = false
 	return nil, nil, 0
+}
+
+// firstLocked picks the node of a new volume's first primary: the one that is
+// primary of the fewest volumes, those counted that are about to be; the first
+// by name among equals.
+func (c *Controller) firstLocked(s *state.State, v *state.Volume) ident.Node {
+	has := map[ident.Node]int{}
+	for _, o := range s.Volumes {
+		switch t := c.vols[o.ID]; {
+		case o.Deleted:
+		case o.Epoch > 0:
+			has[o.Primary]++
+		case t != nil && t.first != "":
+			has[t.first]++
+		}
+	}
+	var best ident.Node
+	for _, n := range slices.Sorted(slices.Values(v.InSync)) {
+		if best == "" || has[n] < has[best] {
+			best = n
+		}
+	}
+	return best
 }
 
 // automatic finds the job that facts and reports ask for. It changes only t's
@@ -97,6 +124,8 @@ func automatic(s *state.State, v *state.Volume, t *volumeTask, now time.Time, wa
 			return nil, 0
 		}
 		j.rule = "a new volume"
+		// Its answer is worth waiting for: they are all equal but for that.
+		j.prefer, j.plan = t.first, true
 		return j, 0
 	}
 	own := t.reports[v.Primary]
