@@ -75,6 +75,9 @@ func (v *Volume) sendLocked(r *Request, to ident.Node, echo int64) {
 	r.id, r.target = v.nextID, to
 	if !r.sent {
 		r.lastSeen = v.seenLocked()
+		// In an older epoch than that of its primary it can have no entry, and
+		// in a newer one it counts only as a replay.
+		r.lastSeen.Epoch = max(r.lastSeen.Epoch, v.view.Epoch)
 	}
 	f := &wire.Forward{
 		ID:         r.id,

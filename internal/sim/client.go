@@ -121,7 +121,7 @@ func (s *Sim) route(c *session) {
 	switch {
 	case to == n.i && n.core != nil:
 		if !o.sent {
-			o.lastSeen = s.seen(n)
+			o.lastSeen = s.lastSeen(n)
 		}
 		o.id = c.tries<<16 | uint64(c.i)
 		o.target = to
@@ -134,7 +134,7 @@ func (s *Sim) route(c *session) {
 		s.pump(n)
 	case to >= 0 && to != n.i && n.peers[to]:
 		if !o.sent {
-			o.lastSeen = s.seen(n)
+			o.lastSeen = s.lastSeen(n)
 		}
 		o.id = c.tries<<16 | uint64(c.i)
 		o.target = to
@@ -182,6 +182,13 @@ func (s *Sim) seen(n *node) ident.Position {
 		n.seen = n.gate.Last
 	}
 	return n.seen
+}
+
+// lastSeen is seen, for a request that is first sent now.
+func (s *Sim) lastSeen(n *node) ident.Position {
+	p := s.seen(n)
+	p.Epoch = max(p.Epoch, n.view.Epoch)
+	return p
 }
 
 func (s *Sim) takeForward(n *node, from int, m *wire.Forward) { s.serve(n, from, m) }

@@ -66,6 +66,20 @@ func (s *Sim) AwaitPrimary() int {
 	return s.Primary()
 }
 
+// Switchover makes another node the primary, as planned.
+func (s *Sim) Switchover(to int) {
+	s.Await(20*s1, "a switchover", func() bool {
+		if s.Primary() == to {
+			return true
+		}
+		if c := s.ctl[0]; !c.want && !c.round.on {
+			c.want, c.drain, c.to = true, true, s.nodes[to].name
+		}
+		return false
+	})
+	s.RunFor(200 * ms)
+}
+
 // Status is the core's own picture.
 func (s *Sim) Status(i int) core.Status { return s.nodes[i].core.Status(s.clock(s.nodes[i])) }
 

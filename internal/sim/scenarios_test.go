@@ -338,6 +338,31 @@ var scenarios = []struct {
 			s.Fail("status %d", c.last)
 		}
 	}},
+	{"original-runs-after-its-replay", Options{}, func(s *Sim) {
+		// A write is long under way to a primary; meanwhile it is sent again to
+		// the next one and takes effect there. It arrives when the first is
+		// primary anew: it must not run again.
+		p := s.AwaitPrimary()
+		q, f := (p+1)%3, (p+2)%3
+		var late *wire.Forward
+		s.drop = func(from, to int, m wire.Message) bool {
+			w, ok := m.(*wire.Forward)
+			if !ok || from != f || to != p {
+				return false
+			}
+			late = w
+			return true
+		}
+		c := s.Ask(f, opWrite, 3, 1)
+		s.Switchover(q)
+		s.Await(5*s1, "an answer", func() bool { return !c.op.on })
+		s.Switchover(p)
+		s.drop = nil
+		s.serve(s.nodes[p], f, late)
+		s.pump(s.nodes[p])
+		s.RunFor(s1)
+		s.Converge(0, 1, 2)
+	}},
 	{"commit-counts-old-epoch", Options{NoCtl: true}, func(s *Sim) {
 		// Raft's figure 8. a leaves an entry at itself alone; b leaves a newer
 		// one at itself alone; a comes back and brings its old entry to c, but

@@ -105,15 +105,17 @@ type Origin struct {
 
 // Request is a client's write, zero, trim or flush.
 type Request struct {
-	Origin     Origin
-	Flush      bool
-	Kind       wire.Kind // when not a flush
-	Flags      uint8     // entry flags
-	FUA        bool
-	Off, Len   uint64
-	Session    uint64
-	Request    uint64
-	Replay     bool
+	Origin   Origin
+	Flush    bool
+	Kind     wire.Kind // when not a flush
+	Flags    uint8     // entry flags
+	FUA      bool
+	Off, Len uint64
+	Session  uint64
+	Request  uint64
+	Replay   bool
+	// LastSeen is the newest position that the forwarder had seen when it first
+	// sent the request, its epoch raised to the newest one that it knew of.
 	LastSeen   ident.Position
 	Generation uint64
 	Entry      wire.Entry // Payload and PayloadCRC are taken from here

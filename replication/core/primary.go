@@ -230,6 +230,13 @@ func (c *Core) admit(r *Request, at Instant) {
 		answer(wire.StatusRange)
 		return
 	}
+	if !r.Replay && r.LastSeen.Epoch < c.p.epoch {
+		// It was first sent when another primary was known, and may have been
+		// long under way: by now it may have been sent again, as a replay, to
+		// one whose reign is over. It is to come again as a replay too.
+		c.bounce(r)
+		return
+	}
 	if r.Replay || len(c.p.replayed) > 0 {
 		if c.replay(r, at, answer) {
 			return
