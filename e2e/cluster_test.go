@@ -30,6 +30,9 @@ type options struct {
 	stopped bool              // do not start the daemons
 	// namespaces gives each node a network of its own, which can be cut.
 	namespaces bool
+	// crashDisks, when not 0, is the seed of disks that lose what was not fsynced
+	// when the node's power is cut; each data directory is on one.
+	crashDisks uint64
 }
 
 // newCluster writes the configurations and starts the daemons. The end of the
@@ -51,7 +54,12 @@ func newCluster(t *testing.T, o options) *cluster {
 		names = []string{"alpha", "beta", "gamma"}
 	}
 	for _, name := range names {
-		c.nodes = append(c.nodes, c.newNode(name))
+		n := c.newNode(name)
+		c.nodes = append(c.nodes, n)
+		if o.crashDisks != 0 {
+			n.disk = newCrashDisk(t, filepath.Join(dir, name, "disk"), o.crashDisks+uint64(len(c.nodes)))
+			n.dataDir = filepath.Join(n.disk.dir, "data")
+		}
 	}
 	for _, n := range c.nodes {
 		c.writeConfig(n, o)
@@ -133,6 +141,9 @@ func (c *cluster) close() {
 	}
 	for _, n := range c.nodes {
 		n.checkLog(c.t)
+		if n.disk != nil {
+			n.disk.unmount()
+		}
 	}
 	if os.Getenv("BLOCKSTEP_E2E_KEEP") != "" {
 		c.t.Logf("kept: %s", c.dir)
@@ -210,6 +221,14 @@ func (c *cluster) primary(name string) *node {
 		c.t.Fatalf("volume %s has no primary: %+v", name, st)
 	}
 	return c.node(st.Primary)
+}
+
+// leader returns the Raft leader.
+func (c *cluster) leader() *node {
+	c.t.Helper()
+	var st clusterStatus
+	c.live().jsonOf(&st, "status")
+	return c.node(st.Leader)
 }
 
 // makePrimary moves the volume to a node, if it is not there.

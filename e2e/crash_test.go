@@ -33,8 +33,8 @@ func TestAllKilled(t *testing.T) {
 // than go on as if nothing had happened.
 //
 // The boot id is what tells the daemon of a machine's crash. The test changes
-// it; it cannot take the page cache away from a running kernel, so what it
-// shows is that the rules for a crash are followed and lose nothing flushed.
+// it and takes nothing away from the page cache: the rules for a crash are
+// followed. TestPowerCutLosesUnsynced has disks that lose what was not fsynced.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, options{config: map[string]string{"volume.power_loss_grace": "5s"}})

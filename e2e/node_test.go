@@ -29,6 +29,7 @@ type node struct {
 	cfgFile  string
 	logFile  string
 	boots    int // how often the machine "booted"
+	disk     *crashDisk
 
 	mu   sync.Mutex
 	proc *exec.Cmd     // nil: not running
@@ -153,6 +154,19 @@ func (n *node) newBoot() {
 	id := fmt.Sprintf("00000000-0000-4000-8000-%012d\n", n.boots)
 	if err := os.WriteFile(n.bootFile, []byte(id), 0o600); err != nil {
 		n.c.t.Fatal(err)
+	}
+}
+
+// powerCut takes the power from the machine: the daemon dies, the disk loses
+// what was not fsynced, and the next start is another boot. Several machines
+// lose it together: none lives on to see another one gone.
+func powerCut(nodes ...*node) {
+	for _, n := range nodes {
+		n.kill()
+	}
+	for _, n := range nodes {
+		n.disk.powerCut()
+		n.newBoot()
 	}
 }
 

@@ -84,6 +84,7 @@ type Options struct {
 	HeartbeatTimeout   time.Duration // 700 ms: silence of the leader after which a follower stands
 	ElectionTimeout    time.Duration // 700 ms: of one election
 	LeaderLeaseTimeout time.Duration // 400 ms: a leader that has no quorum for so long steps down
+	StallTimeout       time.Duration // 5 s: a write to Raft's store that is out for longer counts as a hung disk
 	CommitTimeout      time.Duration // 100 ms: between messages to an idle follower (see runTell)
 }
 
@@ -113,6 +114,7 @@ type Node struct {
 	bolt   *raftboltdb.BoltStore
 	trans  *hraft.NetworkTransport
 	stream *boundStream
+	disk   diskWatch
 
 	ctx    context.Context // ends with Shutdown
 	cancel context.CancelFunc
@@ -144,7 +146,7 @@ func Open(ctx context.Context, o Options) (*Node, error) {
 	if err := checkOptions(&o); err != nil {
 		return nil, err
 	}
-	if err := o.FS.MkdirAll(filepath.Join(o.Dir, raftDir)); err != nil {
+	if err := vfs.MakeDir(o.FS, filepath.Join(o.Dir, raftDir)); err != nil {
 		return nil, fmt.Errorf("make data_dir: %w", err)
 	}
 	id, err := loadIdentity(o.FS, o.Dir, o.Cluster, o.Node)
@@ -192,6 +194,7 @@ func checkOptions(o *Options) error {
 	setDefault(&o.ElectionTimeout, 700*time.Millisecond)
 	setDefault(&o.LeaderLeaseTimeout, 400*time.Millisecond)
 	setDefault(&o.CommitTimeout, 100*time.Millisecond)
+	setDefault(&o.StallTimeout, 5*time.Second)
 	return nil
 }
 
@@ -218,13 +221,18 @@ func (n *Node) start(ctx context.Context) error {
 		return fmt.Errorf("open %s: %w", filepath.Join(dir, boltFile), err)
 	}
 	n.bolt = bolt
-	logs, err := hraft.NewLogCache(logCacheEntries, bolt)
+	store := &watchedStore{BoltStore: bolt, watch: &n.disk}
+	logs, err := hraft.NewLogCache(logCacheEntries, store)
 	if err != nil {
 		return fmt.Errorf("raft log cache: %w", err)
 	}
 	snaps, err := hraft.NewFileSnapshotStoreWithLogger(dir, snapshotsKept, hlog)
 	if err != nil {
 		return fmt.Errorf("open snapshots in %s: %w", dir, err)
+	}
+	// Neither library syncs the directory in which it makes its files.
+	if err := n.fs.SyncDir(dir); err != nil {
+		return fmt.Errorf("sync %s: %w", dir, err)
 	}
 	n.stream = newBoundStream(ctx, o, n.identity.RaftID, o.Address)
 	n.trans = hraft.NewNetworkTransportWithConfig(&hraft.NetworkTransportConfig{
@@ -238,16 +246,17 @@ func (n *Node) start(ctx context.Context) error {
 	cfg.SnapshotThreshold, cfg.TrailingLogs = snapshotEvery, trailingEntries
 	cfg.NoLegacyTelemetry = true
 
-	founded, err := n.beforeRaft(cfg, logs, bolt, snaps)
+	founded, err := n.beforeRaft(cfg, logs, store, snaps)
 	if err != nil {
 		return err
 	}
-	n.raft, err = hraft.NewRaft(cfg, n.fsm, logs, bolt, snaps, n.trans)
+	n.raft, err = hraft.NewRaft(cfg, n.fsm, logs, store, snaps, n.trans)
 	if err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
 	n.observe()
-	n.wg.Add(2)
+	n.wg.Add(3)
+	go n.runDiskWatch()
 	go n.runLeader()
 	go n.runTell()
 	if !founded {

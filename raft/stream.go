@@ -65,6 +65,7 @@ type boundStream struct {
 	l       net.Listener
 	log     *slog.Logger
 
+	mute   *muteSwitch
 	ready  chan net.Conn
 	slots  chan struct{}
 	ctx    context.Context // ends with Close
@@ -77,7 +78,7 @@ var _ hraft.StreamLayer = (*boundStream)(nil)
 func newBoundStream(ctx context.Context, o *Options, raftID, address string) *boundStream {
 	s := &boundStream{
 		cluster: o.Cluster, self: raftID, address: address, dial: o.Dial, l: o.Listener, log: o.Logger,
-		ready: make(chan net.Conn), slots: make(chan struct{}, greetingsMax),
+		mute: newMuteSwitch(), ready: make(chan net.Conn), slots: make(chan struct{}, greetingsMax),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	s.wg.Add(1)
@@ -85,11 +86,11 @@ func newBoundStream(ctx context.Context, o *Options, raftID, address string) *bo
 	return s
 }
 
-// boundConn is an accepted connection. It ends with the stream: hashicorp/raft
-// reads from it until its other end goes.
+// boundConn is a connection that ends with the stream, or when it is muted:
+// hashicorp/raft reads from one that it accepted until its other end goes.
 type boundConn struct {
 	net.Conn
-	stop func() bool
+	stop func()
 }
 
 // Close closes the connection.
@@ -109,6 +110,7 @@ func (s *boundStream) Addr() net.Addr { return raftAddr(serverAddress(s.self, s.
 // Close ends accepting and waits for the connections that are being greeted.
 func (s *boundStream) Close() error {
 	s.cancel()
+	s.mute.set(true)
 	err := s.l.Close()
 	s.wg.Wait()
 	return err
@@ -153,7 +155,7 @@ func (s *boundStream) runAccept() {
 func (s *boundStream) runGreeted(raw net.Conn) {
 	defer s.wg.Done()
 	defer func() { <-s.slots }()
-	var conn net.Conn = &boundConn{Conn: raw, stop: context.AfterFunc(s.ctx, func() { raw.Close() })}
+	conn := s.mute.bind(s.ctx, raw)
 	_ = conn.SetDeadline(time.Now().Add(greetingTimeout))
 	var g greeting
 	if err := readJSON(conn, &g); err != nil {
@@ -191,10 +193,11 @@ func (s *boundStream) Dial(target hraft.ServerAddress, timeout time.Duration) (n
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, timeout)
 	defer cancel()
-	conn, err := s.dial(ctx, address)
+	raw, err := s.dial(ctx, address)
 	if err != nil {
 		return nil, err
 	}
+	conn := s.mute.bind(s.ctx, raw)
 	if err := s.greet(ctx, conn, raftID); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("raft connection to %s: %w", target, err)

@@ -112,11 +112,8 @@ func CreateReplica(o Options, size uint64) (ident.Replica, error) {
 	ro := *o.Replica
 	ro.setDefaults()
 	fs := ro.FS
-	if err := fs.MkdirAll(ro.Dir); err != nil {
+	if err := vfs.MakeDir(fs, ro.Dir); err != nil {
 		return 0, fmt.Errorf("make %s: %w", ro.Dir, err)
-	}
-	if err := fs.SyncDir(filepath.Dir(ro.Dir)); err != nil {
-		return 0, fmt.Errorf("sync the directory of %s: %w", ro.Dir, err)
 	}
 	lock, err := fs.Lock(filepath.Join(ro.Dir, lockFile))
 	if err != nil {

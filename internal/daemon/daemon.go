@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -140,7 +139,7 @@ func (d *Daemon) open(ctx context.Context) error {
 
 // openFiles makes the data directory and reads the boot id.
 func (d *Daemon) openFiles() error {
-	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
+	if err := vfs.MakeDir(d.fs, d.cfg.DataDir); err != nil {
 		return fmt.Errorf("data_dir: %w; make it writable for this user, or set another data_dir in %s", err, d.cfg.File)
 	}
 	// Before the port: with another node's configuration that would be in use,
@@ -203,7 +202,7 @@ func (d *Daemon) openCluster(ctx context.Context) error {
 			return mux.Dial(ctx, address, mux.PrefaceRaft)
 		},
 		Peers: d, Logger: d.log, FS: d.fs,
-		HeartbeatTimeout: d.cfg.Raft.Heartbeat, ElectionTimeout: d.cfg.Raft.Election,
+		HeartbeatTimeout: d.cfg.Raft.Heartbeat, ElectionTimeout: d.cfg.Raft.Election, StallTimeout: d.cfg.Volume.StallTimeout,
 		// On a slow machine, for which a longer heartbeat is set, a leader is patient too.
 		LeaderLeaseTimeout: min(d.cfg.Raft.Heartbeat, max(400*time.Millisecond, d.cfg.Raft.Heartbeat/2)),
 	})

@@ -364,9 +364,6 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 
 // makeReplica makes an empty replica, whole or not at all.
 func (d *Daemon) makeReplica(sv *state.Volume, ro *replication.ReplicaOptions) (ident.Replica, error) {
-	if err := d.fs.MkdirAll(filepath.Dir(ro.Dir)); err != nil {
-		return 0, fmt.Errorf("making the replica's directory: %w", err)
-	}
 	id, err := replication.CreateReplica(replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
 	if err != nil {
 		return 0, err

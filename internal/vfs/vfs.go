@@ -16,7 +16,11 @@
 //     pages, and a second call that succeeds proves nothing. Nobody retries.
 package vfs
 
-import "errors"
+import (
+	"errors"
+	"io/fs"
+	"path/filepath"
+)
 
 // Flag says how Open opens. Without ReadOnly the file is open for reading and
 // writing.
@@ -59,6 +63,36 @@ type FS interface {
 	// Lock makes path a file and takes an exclusive lock on it that ends with
 	// Close or the process. It returns ErrLocked when somebody has it.
 	Lock(path string) (Unlocker, error)
+}
+
+// MakeDir makes a directory and those above it that are missing, all durably:
+// it syncs the parent of each new entry. What a crash has left half way may
+// be made again.
+func MakeDir(fsys FS, dir string) error {
+	var made []string
+	for d := filepath.Clean(dir); ; d = filepath.Dir(d) {
+		_, err := fsys.List(d)
+		if err == nil || d == filepath.Dir(d) {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		made = append(made, d)
+	}
+	if err := fsys.MkdirAll(dir); err != nil {
+		return err
+	}
+	if len(made) == 0 {
+		// It may be another's, who was killed before it was synced.
+		made = append(made, filepath.Clean(dir))
+	}
+	for _, d := range made {
+		if err := fsys.SyncDir(filepath.Dir(d)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Unlocker gives a lock back.

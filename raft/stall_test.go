@@ -1,0 +1,70 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestDiskWatch: a write counts as stalled from its start, any that returns is
+// progress, and an idle store never stalls.
+func TestDiskWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var w diskWatch
+		check := func(want time.Duration) {
+			t.Helper()
+			if got := w.stalled(); got != want {
+				t.Errorf("stalled for %v, want %v", got, want)
+			}
+		}
+		time.Sleep(time.Hour)
+		check(0)
+		w.begin()
+		time.Sleep(3 * time.Second)
+		check(3 * time.Second)
+		w.begin()
+		time.Sleep(time.Second)
+		check(4 * time.Second)
+		w.end()
+		time.Sleep(time.Second)
+		check(time.Second)
+		w.end()
+		time.Sleep(time.Second)
+		check(0)
+	})
+}
+
+// TestMuteSwitch: connections from before end when it is switched on, those
+// made meanwhile at once, those after it live.
+func TestMuteSwitch(t *testing.T) {
+	m := newMuteSwitch()
+	ended := func(ours, theirs net.Conn) bool {
+		defer ours.Close()
+		_ = theirs.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_, err := theirs.Read(make([]byte, 1))
+		return errors.Is(err, io.EOF)
+	}
+	pipe := func() (ours, theirs net.Conn) {
+		a, b := net.Pipe()
+		return m.bind(context.Background(), a), b
+	}
+	ours, theirs := pipe()
+	m.set(true)
+	if !ended(ours, theirs) {
+		t.Error("a connection from before lives on")
+	}
+	if ours, theirs = pipe(); !ended(ours, theirs) {
+		t.Error("a connection made while it is on lives on")
+	}
+	m.set(false)
+	ours, theirs = pipe()
+	defer ours.Close()
+	go func() { _, _ = theirs.Write([]byte{1}) }()
+	if _, err := ours.Read(make([]byte, 1)); err != nil {
+		t.Errorf("a connection after it: %v", err)
+	}
+}
