@@ -2,7 +2,6 @@ package sim
 
 import (
 	"github.com/blockstep/blockstep/internal/ident"
-	"github.com/blockstep/blockstep/raft/state"
 	"github.com/blockstep/blockstep/replication/core"
 	"github.com/blockstep/blockstep/replication/wire"
 )
@@ -18,14 +17,16 @@ type checker struct {
 	floor    []ident.Seq
 	byReq    map[reqID]ident.Seq
 	begun    map[reqID]begunAt
-	lost     map[ident.Position]bool // committed once, gone in a power loss
+	losses   []loss
 	lossAt   int64
+	limbo    bool      // since the newest loss nobody has committed anything
 	newest   ident.Seq // the newest answered write
 	flushed  ident.Seq // what answered flushes cover
-	sessions []int
+	sessions []uint64  // the cache generation of each
 	shown    map[uint64][]ident.Position
+	copies   map[copyID]*copied
 
-	answered, reads, losses int
+	answered, reads, moved int
 }
 
 type reqID struct{ session, request uint64 }
@@ -56,14 +57,10 @@ type epochLog struct {
 }
 
 func (k *checker) init(s *Sim) {
-	k.floor = make([]ident.Seq, s.opt.Blocks)
+	k.floor = make([]ident.Seq, s.blocksMax())
 	k.byReq, k.begun = map[reqID]ident.Seq{}, map[reqID]begunAt{}
-	k.lost, k.shown = map[ident.Position]bool{}, map[uint64][]ident.Position{}
+	k.shown, k.copies = map[uint64][]ident.Position{}, map[copyID]*copied{}
 }
-
-// exact reports whether the promises of I2 and I3 hold whatever happens: with
-// ack local a failover may lose the tail.
-func exact(s *Sim) bool { return s.opt.Ack != core.AckLocal }
 
 // append: one entry is written to a replica's log (log matching, I1).
 func (k *checker) append(s *Sim, n *node, e *wire.Entry) {
@@ -126,14 +123,18 @@ func (k *checker) meta(s *Sim, n *node) {
 // committed: the node takes more entries for committed.
 func (k *checker) committed(s *Sim, n *node) {
 	c := n.gate.Commit
-	if s.opt.Ack == core.AckLocal || c == n.commit {
+	if c == n.commit {
+		return
+	}
+	if c < n.commit && s.local() {
+		n.commit = c // it is primary no more: what it alone holds is no commit now
 		return
 	}
 	if c < n.commit {
 		s.fail("commit", "node %s: the commit index falls from %d to %d", n.name, n.commit, c)
 	}
-	if e := n.disk.log.at(c); e != nil && k.lost[e.Pos] {
-		return // of before a power loss, and out of date
+	if p, ok := n.disk.log.pos(c); ok && k.dead(p) {
+		return // of before a loss, and out of date
 	}
 	n.commit = c
 	grown := false
@@ -142,13 +143,16 @@ func (k *checker) committed(s *Sim, n *node) {
 		if e == nil && n.disk.failed {
 			// The others hold it; its own copy could not be written.
 			ep := &k.epoch[n.gate.Epoch]
-			k.commit(s, ep.ents[len(k.log)+1-int(ep.ents[0].pos.Seq)])
-			continue
+			if i := len(k.log) + 1 - int(ep.ents[0].pos.Seq); i >= 0 && i < len(ep.ents) {
+				k.commit(s, ep.ents[i])
+				continue
+			}
+			return
 		}
 		if e == nil {
 			s.fail("commit", "node %s commits %d, its log is %v..%v", n.name, c, n.disk.log.base, n.disk.log.last())
 		}
-		if len(k.log) > 0 && !n.disk.log.holds(k.log[len(k.log)-1].pos) {
+		if len(k.log) > 0 && !n.disk.holds(k.log[len(k.log)-1].pos) {
 			break
 		}
 		k.commit(s, idOf(e))
@@ -157,7 +161,7 @@ func (k *checker) committed(s *Sim, n *node) {
 	if int(c) > len(k.log) || c == 0 {
 		s.fail("I1", "node %s commits up to %d in a log of its own, %d are committed", n.name, c, len(k.log))
 	}
-	if !n.disk.failed && !n.disk.log.holds(k.log[c-1].pos) {
+	if !n.disk.failed && !n.disk.holds(k.log[c-1].pos) {
 		s.fail("I1", "node %s commits %v where %v is committed", n.name, n.disk.log.at(c).Pos, k.log[c-1].pos)
 	}
 	if grown {
@@ -170,9 +174,15 @@ func (k *checker) commit(s *Sim, e entryID) {
 		s.note(-1, "committed", "%v session %d request %d", e.pos, e.session, e.request)
 	}
 	k.log = append(k.log, e)
-	delete(k.lost, e.pos) // the promotion that gave it up came to nothing
+	loss := k.newestLoss()
+	if e.pos.Epoch >= loss.epoch {
+		k.limbo = false
+	}
 	if e.session == 0 {
 		return
+	}
+	if g := k.sessions[e.session-1]; e.pos.Epoch >= loss.epoch && g < loss.generation {
+		s.fail("I2", "session %d of generation %d writes %v, and since then something was lost", e.session, g, e.pos)
 	}
 	r := reqID{e.session, e.request}
 	if old, ok := k.byReq[r]; ok {
@@ -202,7 +212,8 @@ func (k *checker) begin(c *session) {
 // done: a client's request was answered with success.
 func (k *checker) done(s *Sim, c *session, show []ident.Position) {
 	o := &c.op
-	stale := o.invoked < k.lossAt
+	// Before a loss, or at an old primary that has not heard of it.
+	stale := o.invoked < k.lossAt || c.generation < k.newestLoss().generation
 	switch o.kind {
 	case opFlush:
 		k.answered++
@@ -212,7 +223,7 @@ func (k *checker) done(s *Sim, c *session, show []ident.Position) {
 	case opWrite:
 		k.answered++
 		seq, ok := k.byReq[reqID{c.id, o.request}]
-		if stale || !exact(s) {
+		if stale {
 			return
 		}
 		if !ok {
@@ -227,7 +238,7 @@ func (k *checker) done(s *Sim, c *session, show []ident.Position) {
 		}
 	case opRead:
 		k.reads++
-		if !stale && exact(s) {
+		if !stale {
 			k.read(s, c, show)
 		}
 	}
@@ -276,7 +287,7 @@ func (k *checker) apply(s *Sim, n *node, e *wire.Entry) {
 	if e.Pos.Seq > n.disk.log.durable {
 		s.fail("write-ahead", "node %s applies %v, its log is durable up to %d", n.name, e.Pos, n.disk.log.durable)
 	}
-	if !exact(s) || k.lost[e.Pos] {
+	if k.dead(e.Pos) {
 		return
 	}
 	if int(e.Pos.Seq) > len(k.log) || k.log[e.Pos.Seq-1].pos != e.Pos {
@@ -287,13 +298,13 @@ func (k *checker) apply(s *Sim, n *node, e *wire.Entry) {
 // content: the backing store is exactly the log up to what was applied (I4).
 func (k *checker) content(s *Sim, n *node) {
 	done := int(n.apply.done)
-	if n.apply.done < n.disk.store.applied || !exact(s) || done > len(k.log) {
+	if n.apply.done < n.disk.store.applied || done > len(k.log) {
 		return
 	}
-	if done > 0 && !n.disk.log.holds(k.log[done-1].pos) {
-		return // of before a power loss: it is to be resynced
+	if done > 0 && !n.disk.holds(k.log[done-1].pos) {
+		return // of before a loss: it is to be resynced
 	}
-	want := make([]ident.Position, s.opt.Blocks)
+	want := make([]ident.Position, s.blocksMax())
 	for i := range k.log[:done] {
 		e := &k.log[i]
 		if e.kind == wire.KindMarker {
@@ -328,6 +339,8 @@ func (k *checker) sent(s *Sim, n *node, o *core.Out) {
 		if m.Epoch < n.sealed && m.LeaseSent != 0 {
 			s.fail("I1", "node %s grants to epoch %d after it sealed %d", n.name, m.Epoch, n.sealed)
 		}
+	case *wire.ResyncState:
+		k.asked(s, n, o.To, m)
 	}
 }
 
@@ -347,7 +360,7 @@ func (k *checker) sealed(s *Sim, n *node, a *ident.SealAnswer) {
 // gateOpen: no two replicas may answer reads at the same time.
 func (k *checker) gateOpen(s *Sim, n *node) {
 	for _, m := range s.nodes {
-		if m != n && m.openTo > s.now {
+		if m != n && m.openTo > s.now && !k.unfenced(m.openIn, n.openIn) {
 			s.fail("lease", "nodes %s (epoch %d) and %s (epoch %d) both hold a valid lease", n.name, n.openIn, m.name, m.openIn)
 		}
 	}
@@ -364,7 +377,7 @@ func (k *checker) reset(s *Sim, n *node, snap *core.Snapshot) {
 	if s.cl.vol().InSet(n.name) {
 		s.fail("I2", "node %s becomes a resync target while it is in the set", n.name)
 	}
-	if p := snap.Applied; exact(s) && p.Seq > 0 && !k.lost[p] && (int(p.Seq) > len(k.log) || k.log[p.Seq-1].pos != p) {
+	if p := snap.Applied; p.Seq > 0 && !k.dead(p) && (int(p.Seq) > len(k.log) || k.log[p.Seq-1].pos != p) {
 		s.fail("I4", "node %s begins anew at %v, which is not committed", n.name, p)
 	}
 }
@@ -381,7 +394,7 @@ func (n *node) amnesiac() bool {
 // entry, and of any that a round after a power loss may count, one has all
 // that was flushed.
 func (k *checker) held(s *Sim, when string) {
-	if len(k.log) == 0 || !exact(s) {
+	if len(k.log) == 0 || s.local() || k.limbo {
 		return
 	}
 	v := s.cl.vol()
@@ -390,13 +403,13 @@ func (k *checker) held(s *Sim, when string) {
 	lack, lackFlush := 0, 0
 	for _, name := range v.InSync {
 		n := s.nodes[s.index(name)]
-		if n.disk.failed || v.Replica(name).Failed || v.Replica(name).Replica != n.disk.meta.replica {
+		if n.disk.broken() || v.Replica(name).Failed || v.Replica(name).Replica != n.disk.meta.replica {
 			continue
 		}
-		if !n.amnesiac() && !n.disk.log.holds(newest) {
+		if !n.amnesiac() && !n.disk.holds(newest) {
 			lack++
 		}
-		if k.flushed > 0 && (n.disk.log.durable < k.flushed || !n.disk.log.holds(k.log[k.flushed-1].pos)) {
+		if k.flushed > 0 && (n.disk.log.durable < k.flushed || !n.disk.holds(k.log[k.flushed-1].pos)) {
 			lackFlush++
 		}
 	}
@@ -405,68 +418,5 @@ func (k *checker) held(s *Sim, when string) {
 	}
 	if lackFlush > may {
 		s.fail("I2", "%s: %d of %v do not have the flushed entry %v on disk", when, lackFlush, v.InSync, k.log[k.flushed-1].pos)
-	}
-}
-
-// after: a command has changed the cluster state.
-func (k *checker) after(s *Sim, c *command, old *state.Volume) {
-	if !c.result.OK || !exact(s) {
-		return
-	}
-	p := c.cmd.Promote
-	if p == nil {
-		if c.cmd.ChangeSet != nil {
-			k.held(s, "after a change of the set")
-		}
-		return
-	}
-	if p.Epoch <= old.Epoch {
-		s.fail("I1", "epoch %d after %d", p.Epoch, old.Epoch)
-	}
-	n := s.nodes[s.index(p.Node)]
-	keep := len(k.log)
-	for keep > 0 && !n.disk.log.holds(k.log[keep-1].pos) {
-		keep--
-	}
-	if n.disk.meta.incarnation != p.Incarnation || n.disk.log.last() != p.Position {
-		return // it will not take office
-	}
-	if c.result.Loss == state.LossNone {
-		if keep < len(k.log) {
-			s.fail("I2", "%s is promoted at %v without the committed entry %v", p.Node, p.Position, k.log[len(k.log)-1].pos)
-		}
-		return
-	}
-	k.losses++
-	k.lose(s, keep, p)
-}
-
-// lose drops from the true log what a promotion after a power loss gives up.
-func (k *checker) lose(s *Sim, keep int, p *state.Promote) {
-	if int(k.flushed) > keep {
-		s.fail("I2", "%s is promoted at %v after a power loss, and %v was flushed", p.Node, p.Position, k.log[k.flushed-1].pos)
-	}
-	for i := keep; i < len(k.log); i++ {
-		e := &k.log[i]
-		k.lost[e.pos] = true
-		delete(k.byReq, reqID{e.session, e.request})
-	}
-	k.log = k.log[:keep]
-	k.lossAt = s.now + 1
-	k.newest = min(k.newest, ident.Seq(keep))
-	last := make([]ident.Seq, len(k.floor))
-	for i := range k.log {
-		e := &k.log[i]
-		if e.kind == wire.KindMarker {
-			continue
-		}
-		for b := e.off / blockSize; b < (e.off+e.len)/blockSize; b++ {
-			last[b] = e.pos.Seq
-		}
-	}
-	for b := range k.floor {
-		if int(k.floor[b]) > keep {
-			k.floor[b] = last[b]
-		}
 	}
 }

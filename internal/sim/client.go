@@ -88,16 +88,17 @@ func (s *Sim) stepSession(c *session, try uint64) {
 
 func (s *Sim) openSession(c *session) {
 	c.id = uint64(len(s.chk.sessions) + 1)
-	s.chk.sessions = append(s.chk.sessions, c.i)
 	c.on, c.next, c.generation = true, 0, s.nodes[c.node].view.Generation
+	s.chk.sessions = append(s.chk.sessions, c.generation)
 }
 
 // begin draws a request.
 func (s *Sim) begin(c *session) {
 	c.next++
 	o := op{on: true, request: c.next, invoked: s.now, target: targetNone, floor: c.op.floor[:0]}
-	o.block = s.rng.IntN(s.opt.Blocks)
-	o.blocks = 1 + s.rng.IntN(min(4, s.opt.Blocks-o.block))
+	size := int(s.nodes[c.node].view.Size / blockSize)
+	o.block = s.rng.IntN(size)
+	o.blocks = 1 + s.rng.IntN(min(4, size-o.block))
 	switch k := s.rng.IntN(20); {
 	case k < 10:
 		o.kind, o.fua = opWrite, s.rng.IntN(10) == 0

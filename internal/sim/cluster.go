@@ -58,7 +58,7 @@ func (s *Sim) initCluster() {
 	must(state.Command{InitCluster: &state.InitCluster{Cluster: "sim", ClusterID: "1", Nodes: nodes}})
 	ack := map[core.AckMode]state.AckMode{core.AckQuorum: state.AckQuorum, core.AckDurable: state.AckDurable, core.AckLocal: state.AckLocal}[s.opt.Ack]
 	must(state.Command{CreateVolume: &state.CreateVolume{
-		Name: "v", ID: volumeID, Size: 1 << 20, Replicas: reps,
+		Name: "v", ID: volumeID, Size: uint64(s.opt.Blocks * blockSize), Replicas: reps,
 		Options: state.Options{Ack: ack, MinCopies: max(s.opt.MinCopies, 1)},
 	}})
 	for _, n := range s.nodes {
@@ -79,10 +79,10 @@ func (s *Sim) newView() {
 	view := core.View{
 		Epoch: v.Epoch, Primary: v.Primary, Incarnation: v.PrimaryIncarnation, Position: v.PrimaryPosition,
 		Set: v.InSync, SetVersion: v.SetVersion, MinCopies: v.Options.MinCopies, Generation: v.Generation,
-		LossEpoch: v.LossEpoch, HoldNanos: s.opt.Hold, Size: uint64(s.opt.Blocks * blockSize), Ack: s.opt.Ack,
+		LossEpoch: v.LossEpoch, HoldNanos: s.opt.Hold, Size: v.Size, Ack: s.opt.Ack,
 	}
 	for _, r := range v.Replicas {
-		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: r.Failed})
+		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: r.Failed, Leaving: r.Leaving})
 	}
 	s.cl.views = append(s.cl.views, view)
 	k := uint64(len(s.cl.views) - 1)
@@ -118,6 +118,7 @@ func (s *Sim) takeView(n *node, k int) {
 	if old.Primary != n.view.Primary || old.Epoch != n.view.Epoch {
 		s.rerouteAll(n)
 	}
+	s.keepReplica(n, k)
 }
 
 // submit gives a command to Raft. done is called when its proposer hears of

@@ -24,6 +24,7 @@ type controller struct {
 
 	want   bool // somebody asked for a round
 	drain  bool // the primary is to drain first
+	force  bool // an operator accepts loss
 	to     ident.Node
 	round  round
 	sendTo map[ident.Node]bool // whom it can reach; nil: everybody
@@ -31,6 +32,7 @@ type controller struct {
 
 type round struct {
 	on       bool
+	force    bool
 	epoch    ident.Epoch
 	vol      *state.Volume
 	began    int64
@@ -104,7 +106,10 @@ func (s *Sim) controllerTick(c *controller) {
 			r.drainEnd = s.now + drainLimit
 			s.askDrain(c)
 		}
-		c.drain = false
+		if r.force = c.force; r.force {
+			r.drainEnd = 0
+		}
+		c.drain, c.force = false, false
 		s.note(-1, "round", "controller %d epoch %d set %v drain %v", c.i, r.epoch, c.vol.InSync, r.drainEnd > 0)
 	}
 	if r.promoted || s.now < r.drainEnd {
@@ -112,8 +117,10 @@ func (s *Sim) controllerTick(c *controller) {
 	}
 	if s.now >= r.asked+sealEvery {
 		r.asked = s.now
-		for _, n := range r.vol.InSync {
-			s.askSeal(c, n)
+		for i := range r.vol.Replicas {
+			if n := r.vol.Replicas[i].Node; r.force || r.vol.InSet(n) {
+				s.askSeal(c, n)
+			}
 		}
 	}
 	s.decide(c)
@@ -180,10 +187,25 @@ func (s *Sim) takeSealed(c *controller, from ident.Node, a ident.SealAnswer) {
 func (s *Sim) decide(c *controller) {
 	r := &c.round
 	all := len(r.answers) == len(r.vol.InSync)
-	v := state.DecideSeal(state.Round{
+	facts := state.Round{
 		Volume: r.vol, Epoch: r.epoch, Answers: r.answers, Prefer: c.to,
 		PowerLoss: true, GraceOver: s.now >= r.began+graceTime,
-	})
+	}
+	if p := r.vol.Primary; r.drainEnd == 0 && !r.force && p != c.to {
+		facts.Avoid = p
+	}
+	var v state.Verdict
+	if r.force {
+		if s.now < r.began+200*ms {
+			return // everybody has the time to answer
+		}
+		v = state.DecideForced(facts)
+	} else {
+		v = state.DecideSeal(facts)
+	}
+	if v.Text() == "" || v.Kind.String() == "" {
+		s.fail("I7", "a verdict that says nothing: %+v", v)
+	}
 	switch v.Kind {
 	case state.VerdictPromote:
 		if all || s.now >= r.began+100*ms {
@@ -200,10 +222,11 @@ func (s *Sim) decide(c *controller) {
 func (s *Sim) promote(c *controller, v *state.Verdict) {
 	r := &c.round
 	r.promoted = true
+	s.chk.judge(s, r, v)
 	epoch := r.epoch
 	s.submit(&command{node: -1, ctl: c.i, cmd: state.Command{Promote: &state.Promote{
 		Volume: volumeID, OldEpoch: r.vol.Epoch, SetVersion: r.vol.SetVersion, Epoch: r.epoch, Node: v.Node,
-		Replica: v.Answer.Replica, Incarnation: v.Answer.Incarnation, Position: v.Answer.Last, Loss: v.Loss, Heard: v.Heard,
+		Replica: v.Answer.Replica, Incarnation: v.Answer.Incarnation, Position: v.Answer.Last, Loss: v.Loss, Heard: v.Heard, Set: v.Set,
 	}}, done: func(*command) {
 		if c.round.on && c.round.epoch == epoch {
 			c.round.on = false

@@ -46,7 +46,61 @@ type logFile struct {
 	cuts    uint32 // counts cuts, so that an fsync knows of one in between
 	tail    []wire.Entry
 	tailAt  ident.Seq // tail follows this entry
+	// told is the highest durable position that a record names, toldBy that
+	// record; rot, if not zero, is a record that does not verify any more.
+	told, toldBy, rot ident.Seq
 }
+
+// newDisk is an empty disk with a replica that was made on it just now.
+func (s *Sim) newDisk(id ident.Replica, bootID uint64) disk {
+	d := disk{meta: metaFile{replica: id, bootID: bootID, clean: true}}
+	d.store.cur = make([]ident.Position, s.blocksMax())
+	d.store.durable = make([]ident.Position, s.blocksMax())
+	return d
+}
+
+// blocksMax is how many blocks the volume may come to have.
+func (s *Sim) blocksMax() int { return s.opt.Blocks + s.opt.Grow }
+
+// holds reports whether the log has, or had and has recycled, the entry p.
+func (d *disk) holds(p ident.Position) bool {
+	if e := d.log.at(p.Seq); e != nil {
+		return e.Pos == p
+	}
+	if p.Seq >= d.log.base.Seq {
+		return p == d.log.base
+	}
+	epoch := ident.Epoch(0)
+	for _, e := range d.ckpt.History {
+		if e.First <= p.Seq {
+			epoch = e.Epoch
+		}
+	}
+	return epoch == p.Epoch
+}
+
+// vouched is the highest position of which the disk itself says that it was
+// durable: a record at or below it that does not verify is corruption.
+func (d *disk) vouched() ident.Seq {
+	to := d.ckpt.Applied.Seq
+	if d.log.toldBy <= d.log.last().Seq {
+		to = max(to, d.log.told)
+	}
+	return min(to, d.log.last().Seq)
+}
+
+// pos returns the position of an entry, if it is here.
+func (l *logFile) pos(seq ident.Seq) (ident.Position, bool) {
+	if e := l.at(seq); e != nil {
+		return e.Pos, true
+	}
+	return l.base, seq == l.base.Seq
+}
+
+// broken: it has failed, whether its replica has noticed or not yet.
+func (d *disk) broken() bool { return d.failed || d.meta.failed != "" || d.log.rotten() }
+
+func (l *logFile) rotten() bool { return l.rot > l.base.Seq && l.rot <= l.last().Seq }
 
 func (l *logFile) last() ident.Position {
 	if n := len(l.ents); n > 0 {
@@ -74,6 +128,9 @@ func (l *logFile) holds(p ident.Position) bool {
 
 func (l *logFile) append(e wire.Entry) {
 	e.Payload.Retain() // ours for good: the pool must not get it back
+	if l.durable > l.told || l.toldBy > e.Pos.Seq {
+		l.told, l.toldBy = l.durable, e.Pos.Seq
+	}
 	l.ents = append(l.ents, e)
 }
 
@@ -86,6 +143,9 @@ func (l *logFile) cut(to ident.Seq) {
 		l.durable = to
 	}
 	l.ents = l.ents[:to-l.base.Seq]
+	if l.rot > to {
+		l.rot = 0
+	}
 }
 
 // synced says that an fsync which began at the given state has returned.
@@ -102,6 +162,7 @@ func (l *logFile) synced(seq ident.Seq, cuts uint32) bool {
 func (l *logFile) reset(base ident.Position) {
 	l.cuts++
 	l.base, l.ents, l.durable, l.tail = base, nil, base.Seq, nil
+	l.told, l.toldBy, l.rot = 0, 0, 0
 }
 
 func (l *logFile) trim(to ident.Seq) {

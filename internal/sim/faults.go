@@ -4,7 +4,6 @@ import (
 	"slices"
 
 	"github.com/blockstep/blockstep/internal/ident"
-	"github.com/blockstep/blockstep/raft/state"
 )
 
 // Fault is a kind of trouble.
@@ -28,12 +27,23 @@ const (
 	FaultPowerAll                // all machines at once
 	FaultForget                  // a client goes away with requests under way
 	FaultDoubt                   // an operator lets blocks of a replica be copied anew
+	FaultSplit                   // a partition into two halves, perhaps in one direction only
+	FaultLongHang                // the disk hangs for up to ten seconds
+	FaultPause                   // replicas are to be compared: new writes wait
+	FaultForce                   // an operator forces a failover and accepts loss
+	FaultRot                     // a record of the log does not verify any more, below what was durable
+	FaultWipe                    // a data directory is lost: the node is replaced
+	FaultAdd                     // another node is to have a replica
+	FaultRemove                  // a replica is removed
+	FaultGrow                    // the volume is resized
+	FaultMinCopies               // min_copies is changed
 	faultKinds
 )
 
 var faultNames = [faultKinds]string{
 	"kill", "power", "clean-stop", "stop", "partition", "link", "flap", "slow", "hang", "disk", "switchover",
 	"raft-stall", "controller", "power-all", "forget", "doubt",
+	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies",
 }
 
 func (f Fault) String() string { return faultNames[f] }
@@ -44,6 +54,7 @@ func (s *Sim) fault() {
 		return
 	}
 	s.at(s.delay(20*ms, 900*ms), event{kind: evFault})
+	s.look()
 	f := s.opt.Faults[s.rng.IntN(len(s.opt.Faults))]
 	n := s.nodes[s.rng.IntN(len(s.nodes))]
 	if p := s.index(s.cl.vol().Primary); p >= 0 && s.rng.IntN(3) == 0 {
@@ -56,6 +67,10 @@ func (s *Sim) fault() {
 func (s *Sim) Inject(f Fault, i int) {
 	n := s.nodes[i]
 	s.note(i, "fault", "%v", f)
+	if do := orders[f]; do != nil {
+		do(s, n)
+		return
+	}
 	switch f {
 	case FaultKill, FaultPower, FaultCleanStop:
 		if n.up && n.busy || s.rng.IntN(2) == 0 || f == FaultCleanStop {
@@ -93,12 +108,10 @@ func (s *Sim) Inject(f Fault, i int) {
 		n.disk.slowTo = s.now + s.delay(100*ms, 3*s1)
 	case FaultHang:
 		n.disk.hungTo = s.now + s.delay(50*ms, 3*s1)
-	case FaultDisk:
-		s.failDisk(n)
 	case FaultSwitchover:
 		if c := s.ctl[0]; c != nil {
 			c.want, c.drain = true, true
-			c.to = s.nodes[s.rng.IntN(s.opt.Replicas)].name
+			c.to = s.nodes[s.rng.IntN(len(s.nodes))].name
 		}
 	case FaultStall:
 		s.cl.stall = s.now + s.delay(100*ms, 2*s1)
@@ -112,55 +125,12 @@ func (s *Sim) Inject(f Fault, i int) {
 		}
 	case FaultDoubt:
 		s.doubt(n)
-	case faultKinds:
+	case FaultSplit:
+		s.split()
+	case FaultLongHang:
+		n.disk.hungTo = s.now + s.delay(s1, 10*s1)
+	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, faultKinds:
 	}
-}
-
-// failDisk fails a disk for good, if the volume can bear it: once in a history,
-// and of a set that keeps others.
-func (s *Sim) failDisk(n *node) {
-	v := s.cl.vol()
-	if !n.replica || len(v.InSync) < 3 && v.InSet(n.name) {
-		return
-	}
-	for _, m := range s.nodes {
-		if m.disk.failed {
-			return
-		}
-	}
-	n.disk.failed = true
-	s.at(s.delay(s1, 4*s1), event{kind: evCall, fn: func() { s.replaceDisk(n) }})
-}
-
-// replaceDisk gives a node a new, empty disk under a new replica id as soon as
-// the failed one is out of the set.
-func (s *Sim) replaceDisk(n *node) {
-	v := s.cl.vol()
-	again := event{kind: evCall, fn: func() { s.replaceDisk(n) }}
-	if rep := v.Replica(n.name); !rep.Failed || v.InSet(n.name) || !n.up {
-		s.at(300*ms, again)
-		return
-	}
-	s.note(n.i, "replace", "its disk")
-	s.die(n, FaultKill)
-	n.disk = disk{meta: metaFile{replica: ident.Replica(1000 + s.count), bootID: n.boots, clean: true}}
-	n.disk.store.cur = make([]ident.Position, s.opt.Blocks)
-	n.disk.store.durable = make([]ident.Position, s.opt.Blocks)
-	n.sealed = 0
-	s.register(n)
-}
-
-// register makes the new disk's replica id known, until that is done.
-func (s *Sim) register(n *node) {
-	id := n.disk.meta.replica
-	s.submit(&command{node: n.i, cmd: state.Command{RegisterReplica: &state.RegisterReplica{
-		Volume: volumeID, Node: n.name, Replica: id, Replace: true,
-	}}})
-	s.at(s1, event{kind: evCall, fn: func() {
-		if s.cl.vol().Replica(n.name).Replica != id {
-			s.register(n)
-		}
-	}})
 }
 
 // doubt makes a few blocks of a secondary ones that it lacks.
@@ -168,6 +138,42 @@ func (s *Sim) doubt(n *node) {
 	if n.core != nil && len(s.cl.vol().InSync) >= 3 && !s.doubted {
 		s.doubted = true
 		s.put(n, input{kind: inDoubt, x: uint64(s.rng.IntN(s.opt.Blocks))})
+	}
+}
+
+// split parts the nodes in two: nothing passes between the parts, or in one
+// direction only.
+func (s *Sim) split() {
+	side := 1 + s.rng.IntN(1<<len(s.nodes)-2)
+	way := s.rng.IntN(4)
+	for i := range s.nodes {
+		for j := i + 1; j < len(s.nodes); j++ {
+			if a, b := side>>i&1, side>>j&1; a != b {
+				// way 1: nothing from part 1, way 2: nothing from part 0.
+				s.block(s.links[i][j], way != 1+b, way != 1+a)
+				s.at(s.delay(20*ms, 3*s1), event{kind: evUnblock, node: i, b: j})
+			}
+		}
+	}
+}
+
+// look takes the operator's picture of each replica, as a status does.
+func (s *Sim) look() {
+	for _, n := range s.nodes {
+		if n.core == nil || n.busy || n.stopped {
+			continue
+		}
+		st := n.core.Status(s.clock(n))
+		size := int64(n.view.Size)
+		for i := range st.Peers {
+			p := &st.Peers[i]
+			if p.DirtyBytes < 0 || p.DirtyBytes > int64(s.blocksMax()*blockSize)+size || p.LagBytes < 0 || p.Durable > p.Matched {
+				s.fail("status", "node %s says of %s: %+v", n.name, p.Node, *p)
+			}
+		}
+		if last := n.core.Position(); last != st.Last {
+			s.fail("status", "node %s is at %v and says %v", n.name, last, st.Last)
+		}
 	}
 }
 
@@ -219,7 +225,7 @@ func (s *Sim) heal() {
 	s.cl.stall = 0
 	s.ctl[1] = nil
 	if s.ctl[0] != nil {
-		s.ctl[0].sendTo, s.ctl[0].behind = nil, 0
+		s.ctl[0].sendTo, s.ctl[0].behind, s.ctl[0].force = nil, 0, false
 	}
 	for _, n := range s.nodes {
 		n.disk.slowTo, n.disk.hungTo, n.crashIn = 0, 0, 0
@@ -230,13 +236,14 @@ func (s *Sim) heal() {
 		}
 	}
 	// What waits for a disk that hung goes on: its events are in the queue, at
-	// the latest three seconds from now.
+	// the latest ten seconds from now.
 	s.at(200*ms, event{kind: evCheck})
 }
 
 // checkHealed ends the history when everybody has been served and all replicas
 // are the same, or says who is stuck (I8, I6).
 func (s *Sim) checkHealed() {
+	s.look()
 	why := s.waitingFor()
 	if why == "" {
 		s.done = true
@@ -267,8 +274,11 @@ func (s *Sim) waitingFor() string {
 	}
 	v := s.cl.vol()
 	for _, n := range s.nodes {
-		if !n.replica || n.disk.failed {
+		if !n.replica || n.disk.broken() {
 			continue
+		}
+		if rep := v.Replica(n.name); rep == nil || rep.Replica == 0 {
+			return "replica at " + string(n.name) + " comes or goes"
 		}
 		if n.core == nil || !v.InSet(n.name) {
 			return "replica at " + string(n.name) + " is not in the set"
@@ -290,14 +300,11 @@ func (s *Sim) differing() string {
 	all := ident.Seq(len(s.chk.log))
 	var first *node
 	for _, n := range s.nodes {
-		if !n.replica || n.disk.failed {
+		if !n.replica || n.disk.broken() {
 			continue
 		}
 		if first == nil {
 			first = n
-			if !exact(s) {
-				all = n.disk.log.last().Seq // the true log is not known
-			}
 		}
 		if n.disk.log.last().Seq != all || n.apply.done != all {
 			return "replica at " + string(n.name) + " has not applied everything"
@@ -323,7 +330,7 @@ func (s *Sim) excuse() string {
 	v := s.cl.vol()
 	alive := 0
 	for _, name := range v.InSync {
-		if !s.nodes[s.index(name)].disk.failed {
+		if !s.nodes[s.index(name)].disk.broken() {
 			alive++
 		}
 	}

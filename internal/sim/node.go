@@ -17,6 +17,8 @@ type node struct {
 	name    ident.Node
 	replica bool
 	disk    disk
+	// registering: the id of the replica is on its way to the cluster state.
+	registering bool
 
 	// The machine.
 	drift  int64 // ppm by which its clock is fast
@@ -88,6 +90,7 @@ const (
 	inDrain
 	inUndrain
 	inDoubt
+	inPause
 	inRequest
 	inWritten
 	inDurable
@@ -130,9 +133,7 @@ func (s *Sim) newNode(i int, replica bool) *node {
 	n.boots = 1
 	n.bootAt = -s.rng.Int64N(1000*s1) - 10*s1
 	if replica {
-		n.disk.meta = metaFile{replica: ident.Replica(100 + i), bootID: 1, clean: true}
-		n.disk.store.cur = make([]ident.Position, s.opt.Blocks)
-		n.disk.store.durable = make([]ident.Position, s.opt.Blocks)
+		n.disk = s.newDisk(ident.Replica(100+i), 1)
 	}
 	return n
 }
@@ -169,6 +170,7 @@ func (s *Sim) start(n *node) {
 	n.gen++
 	n.up, n.stopped, n.busy, n.core = true, false, false, nil
 	n.inbox = n.inbox[:0]
+	n.registering = false
 	n.peers = make([]bool, len(s.nodes))
 	n.view, n.viewN, n.gate, n.seen = core.View{}, 0, core.Gate{}, ident.Position{}
 	n.sync.on, n.sync.again, n.apply.on, n.ckpt.on, n.ckpt.again = false, false, false, false, false
@@ -198,8 +200,12 @@ func (s *Sim) open(n *node) {
 	}
 	m.bootID, m.clean = n.boots, false
 	m.incarnation++
+	if n.disk.log.rotten() {
+		n.disk.failed = true
+	}
 	if n.disk.failed && m.failed == "" {
 		m.failed = "the log's fsync failed at start"
+		s.markFailed(n, m.failed)
 	}
 	n.core = core.New(s.config(n), n.disk.start(fresh), s.clock(n))
 	n.commit = n.disk.ckpt.Applied.Seq
@@ -337,6 +343,8 @@ func (s *Sim) feed(n *node, now core.Instant, in *input) {
 		c.Doubt(now, in.x*blockSize, blockSize)
 	case inUndrain:
 		c.Undrain(now)
+	case inPause:
+		c.Pause(now, now+core.Instant(in.x))
 	case inRequest:
 		c.Request(now, *in.req)
 	case inWritten:
@@ -364,6 +372,11 @@ func (s *Sim) feed(n *node, now core.Instant, in *input) {
 		}
 	case inLogRead:
 		ents, ok := n.readLog(in.rd)
+		if n.disk.log.rot >= in.rd.From && n.disk.log.rot < in.rd.From+ident.Seq(len(ents)) {
+			n.disk.failed = true
+			c.Failed(now, "a record of the log does not verify")
+			break
+		}
 		c.LogRead(now, in.rd, ents, ok)
 	case inProposed:
 		c.Proposed(now, in.x, in.y == 1)
@@ -461,6 +474,9 @@ func (s *Sim) doStep(n *node) (took int64) {
 	switch n.step {
 	case stepEarly:
 		for i := range e.Early {
+			if m, ok := e.Early[i].Msg.(*wire.Blocks); ok {
+				s.chk.moves(s, n, e.Early[i].To, m)
+			}
 			s.send(n, e.Early[i])
 		}
 	case stepCut:
@@ -483,7 +499,12 @@ func (s *Sim) doStep(n *node) (took int64) {
 			s.diskError(n)
 			break
 		}
+		torn := n.crashIn > 0 && s.chance(0.2)
 		for i := range e.Append {
+			if torn && s.rng.IntN(len(e.Append)) == 0 {
+				s.die(n, n.crashBy) // the rest is not in the file, or does not verify
+				return 0
+			}
 			s.chk.append(s, n, &e.Append[i])
 			n.disk.log.append(e.Append[i])
 		}

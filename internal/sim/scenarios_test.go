@@ -112,9 +112,7 @@ var scenarios = []struct {
 		s.Write(0, 5)
 		s.Crash(FaultKill, 1, 2)
 		n := s.nodes[2]
-		n.disk = disk{meta: metaFile{replica: 999, bootID: n.boots, clean: true}}
-		n.disk.store.cur = make([]ident.Position, s.opt.Blocks)
-		n.disk.store.durable = make([]ident.Position, s.opt.Blocks)
+		n.disk = s.newDisk(999, n.boots)
 		s.Restart(2)
 		c := s.Ask(0, opWrite, 0, 1)
 		s.RunFor(s1)
@@ -211,7 +209,7 @@ var scenarios = []struct {
 		s.Crash(FaultKill, 0, 1, 2)
 		s.Restart(0, 1, 2)
 		s.Read(s.AwaitPrimary())
-		if s.chk.losses > 0 {
+		if len(s.chk.losses) > 0 {
 			s.Fail("a promotion that gives something up")
 		}
 	}},
@@ -282,7 +280,7 @@ var scenarios = []struct {
 			s.RunFor(300 * ms)
 			s.Write(i%3, 3)
 		}
-		if s.chk.losses > 0 {
+		if len(s.chk.losses) > 0 {
 			s.Fail("something was given up")
 		}
 		s.Converge(0, 1, 2)

@@ -33,7 +33,8 @@ type Options struct {
 	Replicas int
 	Clients  int // nodes without a replica, which serve clients all the same
 	Sessions int // on each node
-	Blocks   int
+	Blocks   int // of 4 KiB, at first
+	Grow     int // blocks by which it may grow
 	Ack      core.AckMode
 	MinCopies,
 	DedupMax int
@@ -60,7 +61,8 @@ type Result struct {
 	Answered int // writes and flushes
 	Reads    int
 	Epochs   int
-	Losses   int // promotions after a power loss
+	Losses   int // promotions that may give something up
+	Moved    int // blocks of resyncs
 	Excused  string
 }
 
@@ -77,6 +79,11 @@ func Draw(seed uint64) Options {
 		o.Replicas, o.Clients = 2, 1
 	case 2:
 		o.Replicas = 5
+	case 3, 4:
+		o.Clients = 1
+	}
+	if r.IntN(3) == 0 {
+		o.Grow = 1 + r.IntN(8)
 	}
 	if r.IntN(6) == 0 {
 		o.DedupMax = 16
@@ -97,27 +104,42 @@ func Draw(seed uint64) Options {
 	if r.IntN(4) == 0 {
 		o.Rate = blockSize * (8 + r.Int64N(100))
 	}
-	// Each history has its own mix: some faults hide each other.
+	o.Faults = drawFaults(r)
+	return o
+}
+
+// drawFaults gives each history its own mix: some faults hide each other.
+func drawFaults(r *rand.Rand) []Fault {
+	var fs []Fault
+	sparse := 0
+	if r.IntN(2) == 0 {
+		sparse = 4
+	}
 	for f := Fault(0); f < faultKinds; f++ {
 		most := 6
-		if f == FaultPower || f == FaultPowerAll {
+		switch f {
+		case FaultPower, FaultPowerAll, FaultForce, FaultRot, FaultWipe:
 			most = 10
 		}
-		for n := 3 - r.IntN(most); n > 0; n-- {
-			o.Faults = append(o.Faults, f)
+		for n := 3 - r.IntN(most+sparse); n > 0; n-- {
+			fs = append(fs, f)
 		}
 	}
-	if slices.ContainsFunc(o.Faults, func(f Fault) bool {
-		return f == FaultPower || f == FaultPowerAll || f == FaultCleanStop || f == FaultDisk
+	if slices.ContainsFunc(fs, func(f Fault) bool {
+		switch f {
+		case FaultPower, FaultPowerAll, FaultCleanStop, FaultDisk, FaultRot, FaultWipe, FaultForce, FaultRemove:
+			return true
+		}
+		return false
 	}) {
 		// With one replica in doubt and another that has forgotten or failed,
 		// only an operator can go on.
-		o.Faults = slices.DeleteFunc(o.Faults, func(f Fault) bool { return f == FaultDoubt })
+		fs = slices.DeleteFunc(fs, func(f Fault) bool { return f == FaultDoubt })
 	}
-	if len(o.Faults) == 0 {
-		o.Faults = []Fault{FaultKill}
+	if len(fs) == 0 {
+		fs = []Fault{FaultKill}
 	}
-	return o
+	return fs
 }
 
 // violation ends a history: an invariant of design section 9 is broken.
@@ -139,6 +161,9 @@ type Sim struct {
 	cli   []*session
 
 	doubted  bool // once a history
+	broken   bool // a disk was lost: once a history
+	grown    int
+	orders   int // commands that an operator has given
 	healed   bool
 	quieting bool // clients begin nothing new
 	healAt   int64
@@ -185,7 +210,7 @@ func (s *Sim) catch(res *Result) {
 func (s *Sim) result() Result {
 	return Result{
 		Hash: s.hash, Events: s.count, Now: s.now, Entries: len(s.chk.log), Answered: s.chk.answered,
-		Reads: s.chk.reads, Epochs: int(s.cl.vol().Epoch), Losses: s.chk.losses, Excused: s.excused,
+		Reads: s.chk.reads, Epochs: int(s.cl.vol().Epoch), Losses: len(s.chk.losses), Moved: s.chk.moved, Excused: s.excused,
 	}
 }
 

@@ -24,6 +24,7 @@ func (s *State) promote(c *Command, p *Promote) Result {
 		loss = LossLocal
 	}
 	if loss == LossForced {
+		v.dropLeaving(p.Set)
 		v.InSync = slices.Clone(p.Set)
 		v.SetVersion++
 	}
@@ -158,11 +159,7 @@ func (s *State) changeSet(c *Command, p *ChangeSet) Result {
 		}
 	}
 	from := fmt.Sprint(v.InSync)
-	for _, n := range v.InSync {
-		if rep := v.Replica(n); rep.Leaving && !slices.Contains(next, n) {
-			v.drop(n)
-		}
-	}
+	v.dropLeaving(next)
 	v.InSync = next
 	v.SetVersion++
 	return s.event(c, v, Event{

@@ -305,6 +305,16 @@ func (s *State) removeReplica(c *Command, p *RemoveReplica) Result {
 	return res
 }
 
+// dropLeaving forgets the replicas that were to leave and are out of the set
+// from now on.
+func (v *Volume) dropLeaving(next []ident.Node) {
+	for _, n := range v.InSync {
+		if v.Replica(n).Leaving && !slices.Contains(next, n) {
+			v.drop(n)
+		}
+	}
+}
+
 // drop forgets a replica, and keeps min_copies possible.
 func (v *Volume) drop(node ident.Node) {
 	v.Replicas = slices.DeleteFunc(v.Replicas, func(r Replica) bool { return r.Node == node })
