@@ -139,23 +139,17 @@ func (k *checker) committed(s *Sim, n *node) {
 	n.commit = c
 	grown := false
 	for int(c) > len(k.log) {
-		e := n.disk.log.at(ident.Seq(len(k.log) + 1))
-		if e == nil && n.disk.failed {
-			// The others hold it; its own copy could not be written.
-			ep := &k.epoch[n.gate.Epoch]
-			if i := len(k.log) + 1 - int(ep.ents[0].pos.Seq); i >= 0 && i < len(ep.ents) {
-				k.commit(s, ep.ents[i])
-				continue
-			}
-			return
+		e, ok := k.entry(n, ident.Seq(len(k.log)+1))
+		if !ok && n.disk.failed {
+			return // the others hold it; its own copy could not be written
 		}
-		if e == nil {
+		if !ok {
 			s.fail("commit", "node %s commits %d, its log is %v..%v", n.name, c, n.disk.log.base, n.disk.log.last())
 		}
-		if len(k.log) > 0 && !n.disk.holds(k.log[len(k.log)-1].pos) {
+		if len(k.log) > 0 && !n.disk.failed && !n.disk.holds(k.log[len(k.log)-1].pos) {
 			break
 		}
-		k.commit(s, idOf(e))
+		k.commit(s, e)
 		grown = true
 	}
 	if int(c) > len(k.log) || c == 0 {
@@ -167,6 +161,25 @@ func (k *checker) committed(s *Sim, n *node) {
 	if grown {
 		k.held(s, "after a commit")
 	}
+}
+
+// entry returns an entry that a replica holds, held and has recycled, or, its
+// disk having failed, was to write.
+func (k *checker) entry(n *node, seq ident.Seq) (entryID, bool) {
+	if e := n.disk.log.at(seq); e != nil {
+		return idOf(e), true
+	}
+	epoch := n.gate.Epoch
+	if seq <= n.disk.log.base.Seq {
+		epoch = n.disk.epochAt(seq)
+	}
+	if int(epoch) < len(k.epoch) && len(k.epoch[epoch].ents) > 0 {
+		ents := k.epoch[epoch].ents
+		if i := int(seq) - int(ents[0].pos.Seq); i >= 0 && i < len(ents) {
+			return ents[i], true
+		}
+	}
+	return entryID{}, false
 }
 
 func (k *checker) commit(s *Sim, e entryID) {

@@ -127,7 +127,7 @@ func (s *Sim) controllerTick(c *controller) {
 }
 
 func (s *Sim) reach(c *controller, n ident.Node) bool {
-	return s.healed || (c.sendTo == nil || c.sendTo[n]) && s.chance(0.95)
+	return s.healed || (c.sendTo == nil || c.sendTo[n]) && (s.opt.Manual || s.chance(0.95))
 }
 
 func (s *Sim) askSeal(c *controller, name ident.Node) {

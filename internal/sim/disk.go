@@ -70,13 +70,17 @@ func (d *disk) holds(p ident.Position) bool {
 	if p.Seq >= d.log.base.Seq {
 		return p == d.log.base
 	}
-	epoch := ident.Epoch(0)
+	return d.epochAt(p.Seq) == p.Epoch
+}
+
+// epochAt returns the epoch of an entry below the log's base.
+func (d *disk) epochAt(seq ident.Seq) (epoch ident.Epoch) {
 	for _, e := range d.ckpt.History {
-		if e.First <= p.Seq {
+		if e.First <= seq {
 			epoch = e.Epoch
 		}
 	}
-	return epoch == p.Epoch
+	return epoch
 }
 
 // vouched is the highest position of which the disk itself says that it was

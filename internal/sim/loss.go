@@ -1,6 +1,8 @@
 package sim
 
 import (
+	"slices"
+
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft/state"
 	"github.com/blockstep/blockstep/replication/core"
@@ -137,28 +139,31 @@ func (k *checker) judge(s *Sim, r *round, v *state.Verdict) {
 	good, forgot, failed := 0, 0, 0
 	for _, n := range r.vol.InSync {
 		a, answered := r.answers[n]
+		counts := slices.Contains(v.Heard, n)
 		switch {
 		case r.vol.Replica(n).Failed, answered && a.Refusal == ident.SealFailed:
 			failed++
-		case !answered || a.Refusal != ident.SealAccepted || a.Inconsistent || a.Epoch != r.epoch:
+		case !answered || a.Refusal != ident.SealAccepted || a.Inconsistent || a.Epoch != r.epoch || a.Replica != r.vol.Replica(n).Replica:
+			if counts && v.Loss != state.LossForced {
+				s.fail("I7", "%s counts in epoch %d, and it answered %+v", n, r.epoch, a)
+			}
+		case !counts:
 		case a.Amnesiac:
 			forgot++
 		default:
 			good++
+		}
+		if counts && v.Answer.Last.Less(a.Last) {
+			s.fail("I7", "%s is promoted at %v, and %s has %v", v.Node, v.Answer.Last, n, a.Last)
 		}
 	}
 	w := len(r.vol.InSync)/2 + 1
 	need := len(r.vol.InSync) - w + 1
 	switch {
 	case v.Loss == state.LossForced:
-	case v.Loss == state.LossNone && good >= need:
+	case v.Loss == state.LossNone && good >= need && forgot == 0:
 	case v.Loss == state.LossPower && forgot+failed >= w && good+forgot >= need && (s.now >= r.began+graceTime || good+forgot+failed == len(r.vol.InSync)):
 	default:
 		s.fail("I7", "%s is promoted in epoch %d (loss %q) with %d good answers, %d that forgot, %d that failed of %v", v.Node, r.epoch, v.Loss, good, forgot, failed, r.vol.InSync)
-	}
-	for n, a := range r.answers {
-		if a.Refusal == ident.SealAccepted && v.Answer.Last.Less(a.Last) && r.vol.InSet(n) && a.Epoch == r.epoch && !a.Inconsistent && v.Loss != state.LossForced && (v.Loss == state.LossPower || !a.Amnesiac) && !r.vol.Replica(n).Failed && r.vol.Replica(n).Replica == a.Replica {
-			s.fail("I7", "%s is promoted at %v, and %s has %v", v.Node, v.Answer.Last, n, a.Last)
-		}
 	}
 }

@@ -148,6 +148,56 @@ func (s *Sim) Cut(a, b int) {
 // Join ends the partition between two nodes.
 func (s *Sim) Join(a, b int) { s.unblock(a, b) }
 
+// Mute lets nothing from one node through to the other.
+func (s *Sim) Mute(from, to int) {
+	l := s.links[from][to]
+	d := l.dir(from)
+	s.block(l, d == 0, d == 1)
+}
+
+// InSet reports whether a node's replica counts.
+func (s *Sim) InSet(i int) bool { return s.cl.vol().InSet(s.nodes[i].name) }
+
+// Checkpoint lets replicas make a checkpoint each; their logs may then be
+// recycled.
+func (s *Sim) Checkpoint(nodes ...int) {
+	for _, i := range nodes {
+		if n := s.nodes[i]; n.core != nil {
+			s.beginCheckpoint(n)
+			s.pump(n)
+		}
+	}
+	s.RunFor(300 * ms)
+}
+
+// Force lets an operator force a failover with the one replica that he can
+// reach, and waits for the promotion.
+func (s *Sim) Force(i int) {
+	e := s.Epoch()
+	s.Await(20*s1, "a forced promotion", func() bool {
+		if c := s.ctl[0]; !c.force && !(c.round.on && c.round.force) && s.Epoch() == e {
+			c.want, c.force, c.round.on = true, true, false
+			c.sendTo = map[ident.Node]bool{s.nodes[i].name: true}
+		}
+		return s.Epoch() > e
+	})
+	s.ctl[0].sendTo = nil
+}
+
+// AwaitPrimaryIn waits until somebody serves in an epoch.
+func (s *Sim) AwaitPrimaryIn(e ident.Epoch) int {
+	who := -1
+	s.Await(20*s1, "a primary", func() bool {
+		for _, n := range s.nodes {
+			if n.up && n.core != nil && n.gate.Serving && n.gate.Epoch >= e && n.gate.LeaseUntil > s.clock(n) {
+				who = n.i
+			}
+		}
+		return who >= 0
+	})
+	return who
+}
+
 // Isolate separates a node from all others, but not from the control layer.
 func (s *Sim) Isolate(i int) {
 	for j := range s.nodes {

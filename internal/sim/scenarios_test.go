@@ -4,6 +4,7 @@ import (
 	"flag"
 	"io"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -14,13 +15,16 @@ import (
 
 var storyFlag = flag.String("story", "", "the one scenario to tell (TestScenario); with -events, event by event")
 
-// scenarios are stories told step by step; most have the name of a known way to
-// get it wrong (design section 10). The checkers judge each step of them too.
-var scenarios = []struct {
+// scenario is one story.
+type scenario struct {
 	name string
 	o    Options
 	tell func(*Sim)
-}{
+}
+
+// scenarios are stories told step by step; most have the name of a known way to
+// get it wrong (design section 10). The checkers judge each step of them too.
+var scenarios = []scenario{
 	{"two-replicas-marker-deadlock", Options{Replicas: 2, Clients: 1}, func(s *Sim) {
 		// Two replicas and a witness. The primary dies for good: the other is
 		// promoted and can commit its marker only in a set of its own.
@@ -665,7 +669,7 @@ func (s *Sim) promoteByHand(i int, a ident.SealAnswer) {
 
 // TestScenario tells every story, with several seeds for what is left to chance.
 func TestScenario(t *testing.T) {
-	for _, sc := range scenarios {
+	for _, sc := range slices.Concat(scenarios, fieldScenarios) {
 		if *storyFlag != "" && *storyFlag != sc.name {
 			continue
 		}

@@ -187,9 +187,10 @@ func DecideSeal(r Round) Verdict {
 		out.Kind, out.Epoch = VerdictRaise, h.promised+1
 		out.Rule = fmt.Sprintf("a replica has promised epoch %d: asking for the next one", h.promised)
 	case len(h.good) >= need:
-		out.Heard = slices.Sorted(slices.Values(h.good))
-		r.elect(&out, h.good)
-		out.Rule = fmt.Sprintf("%d of %d sealed, %d needed: the highest position has every committed write", len(h.good), len(v.InSync), need)
+		good := r.passOver(h.good, need)
+		out.Heard = slices.Sorted(slices.Values(good))
+		r.elect(&out, good)
+		out.Rule = fmt.Sprintf("%d of %d sealed, %d needed: the highest position has every committed write", len(good), len(v.InSync), need)
 	case len(h.amnesiac)+len(h.failed) >= w && len(usable) >= need:
 		all := len(usable)+len(h.failed) == len(v.InSync)
 		out.Heard = usable
@@ -216,6 +217,25 @@ func DecideSeal(r Round) Verdict {
 		}
 	}
 	return out
+}
+
+// passOver leaves out the primary whose reign ends if nobody else who answered
+// has an entry of it, and enough others did: it is cut off from those with whom
+// it would have to commit, and its log, the longest by its own markers, would
+// have it promoted for ever. What only it holds was never committed. With ack
+// local it was answered all the same, so there it counts.
+func (r *Round) passOver(good []ident.Node, need int) []ident.Node {
+	v := r.Volume
+	rest := slices.DeleteFunc(slices.Clone(good), func(n ident.Node) bool { return n == v.Primary })
+	if len(rest) < need || v.LocalEpoch == v.Epoch || r.Prefer == v.Primary || r.Answers[v.Primary].Last.Epoch != v.Epoch {
+		return good
+	}
+	for _, n := range rest {
+		if r.Answers[n].Last.Epoch >= v.Epoch {
+			return good
+		}
+	}
+	return rest
 }
 
 // elect fills in a promotion.

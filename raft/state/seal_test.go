@@ -190,6 +190,39 @@ func TestDecideSealTies(t *testing.T) {
 	}
 }
 
+// A primary that reaches none of those with whom it would have to commit has the
+// longest log, by its own markers. It is passed over as soon as enough others
+// have answered, unless it may have answered clients alone.
+func TestDecideSealPassesOverACutOffPrimary(t *testing.T) {
+	cut := func() Round {
+		r := roundOf([]member{members[1], members[0], members[0]})
+		a := r.Answers["a"]
+		a.Last = ident.Position{Epoch: 4, Seq: 3}
+		r.Answers["a"] = a
+		return r
+	}
+	r := cut()
+	if d := DecideSeal(r); d.Node != "b" || !slices.Equal(d.Heard, []ident.Node{"b", "c"}) {
+		t.Errorf("%s was promoted, heard %v", d.Node, d.Heard)
+	}
+	delete(r.Answers, "c")
+	if d := DecideSeal(r); d.Node != "a" {
+		t.Errorf("%s was promoted, and what a and c hold may be committed", d.Node)
+	}
+	r = cut()
+	r.Volume.LocalEpoch = 4
+	if d := DecideSeal(r); d.Node != "a" {
+		t.Errorf("%s was promoted: with ack local the tail was answered", d.Node)
+	}
+	r = cut()
+	b := r.Answers["b"]
+	b.Last = ident.Position{Epoch: 4, Seq: 2}
+	r.Answers["b"] = b
+	if d := DecideSeal(r); d.Node != "a" {
+		t.Errorf("%s was promoted, and b holds entries of a's reign", d.Node)
+	}
+}
+
 func TestDecideSealWaitMode(t *testing.T) {
 	r := roundOf([]member{members[2], members[3], members[4]})
 	r.PowerLoss, r.GraceOver = false, true

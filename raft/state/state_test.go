@@ -185,6 +185,20 @@ func TestLossRaisesTheGeneration(t *testing.T) {
 	}
 }
 
+// A replica that was to leave and is out of the set after a forced failover has
+// left.
+func TestForcedFailoverDropsWhoWasToLeave(t *testing.T) {
+	s := do(t, serving(t), Command{ID: "leave", RemoveReplica: &RemoveReplica{Volume: 1, Node: "b"}})
+	if r := s.Volumes[1].Replica("b"); r == nil || !r.Leaving {
+		t.Fatalf("%+v", r)
+	}
+	c := promote(s, "c", 5)
+	c.Promote.Loss, c.Promote.Set = LossForced, []ident.Node{"c"}
+	if v := do(t, s, c).Volumes[1]; v.Replica("b") != nil || v.Replica("a") == nil {
+		t.Errorf("%+v", v.Replicas)
+	}
+}
+
 // With ack local the primary alone holds the tail: a failover that did not hear
 // it may lose it, one that did hear it does not.
 func TestLocalFailover(t *testing.T) {

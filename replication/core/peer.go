@@ -37,7 +37,10 @@ type peer struct {
 	resyncBase   ident.Seq
 	run          *resyncRun
 	reported     bool // it has acked in this epoch
-	floor        ident.Seq
+	// owes is what a former incarnation of it reported durable in this epoch: a
+	// replica that returns with less has had its disk changed.
+	owes  ident.Seq
+	floor ident.Seq
 
 	next       ident.Seq // the next entry to send; matched < next
 	sentCommit ident.Seq
@@ -152,6 +155,7 @@ func (c *Core) accept(from ident.Node, epoch ident.Epoch, r ident.Replica, inc i
 	if inc > pr.incarnation {
 		if pr.incarnation != 0 {
 			// It restarted: what it held counts anew, from its next answer on.
+			pr.owes = max(pr.owes, pr.durable)
 			pr.matched, pr.durable, pr.reported = 0, 0, false
 			pr.incarnation = inc
 			if pr.state == peerFailed && !c.markedFailed(pr) {
@@ -197,6 +201,9 @@ func (c *Core) onAck(from ident.Node, m *wire.Ack) {
 	pr.durable = max(pr.durable, min(m.Durable, pr.matched))
 	pr.checkpoint = max(pr.checkpoint, m.Checkpoint)
 	pr.reported = true
+	if pr.matched >= pr.owes {
+		pr.owes = 0
+	}
 	if m.Stream != pr.stream {
 		return
 	}
@@ -247,6 +254,8 @@ func (c *Core) onReject(from ident.Node, m *wire.Reject) {
 	switch {
 	case !ok:
 		c.needResync(pr, 0, true, "the epoch histories do not reach back to a shared entry")
+	case seq < pr.owes:
+		c.needResync(pr, 0, true, "it returns with less than it once reported durable: its disk was changed")
 	case m.Reason == wire.RejectResync, seq < m.Applied:
 		c.needResync(pr, seq, false, "it has applied past the point of divergence")
 	case seq < c.base.Seq:

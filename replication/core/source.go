@@ -90,7 +90,7 @@ func (c *Core) startResync(pr *peer) {
 	p := c.lend(data.Encode(nil))
 	pr.stream++
 	pr.run = &resyncRun{askedAt: c.now}
-	pr.resyncBase = c.applied
+	pr.resyncBase, pr.owes = c.applied, 0
 	c.event(Event{Name: "resync", From: "Absent", To: "Resyncing", Peer: pr.node, Rule: pr.rule, Pos: c.posAt(c.applied)})
 	c.early = append(c.early, Out{To: pr.node, Msg: &wire.ResyncStart{
 		Epoch: c.p.epoch, Stream: pr.stream, Base: c.posAt(c.applied), Since: pr.since, Whole: whole,
