@@ -102,10 +102,10 @@ bench-quick: build ## the same in under three minutes
 bench-go: ## Go benchmarks of each stage; compare two runs with benchstat (internal/tools/go.mod)
 	go test -run '^$$' -bench . -benchmem $(UNIT)
 
-test-kernel: build ## a real /dev/nbdN: Debian's kernel in qemu, with file systems and power cuts; RUN=regexp chooses
+test-kernel: ## a real /dev/nbdN: Debian's kernel in qemu, with file systems and power cuts; RUN=regexp chooses
 	@./internal/tools/deps.sh kernel
 	@mkdir -p build
-	BLOCKSTEP_KERNEL_CACHE=$${BLOCKSTEP_KERNEL_CACHE:-$(CURDIR)/build/kernel} go test -tags kernel -count 1 -timeout 40m -v -run '$(RUN)' ./e2e/kernel
+	BLOCKSTEP_KERNEL_CACHE=$${BLOCKSTEP_KERNEL_CACHE:-$(CURDIR)/build/kernel} go test -tags kernel -count 1 -timeout 40m -parallel 2 -v -run '$(RUN)' ./e2e/kernel
 
 check: vet lint unit ## before a commit: vet, linters, unit tests
 

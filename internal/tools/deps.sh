@@ -34,10 +34,12 @@ qemu-storage-daemon:qemu-system-common
 '
 kernel_pairs='
 qemu-system-x86_64:qemu-system-x86
+qemu-img:qemu-utils
 busybox:busybox-static
 cpio:cpio
 depmod:kmod
 mkfs.ext4:e2fsprogs
+mkfs.xfs:xfsprogs
 '
 
 # mkfs and fsck live in sbin, which is not in every user's PATH.
