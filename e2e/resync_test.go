@@ -168,6 +168,21 @@ func TestWipedNode(t *testing.T) {
 	c.replicasEqual("db")
 }
 
+// verifyTime is how long TestVerify compares under load, at the least three
+// times; BLOCKSTEP_E2E_VERIFY=1h is for a long run.
+func verifyTime(t *testing.T) time.Duration {
+	t.Helper()
+	text := os.Getenv("BLOCKSTEP_E2E_VERIFY")
+	if text == "" {
+		return 0
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatalf("BLOCKSTEP_E2E_VERIFY: %v", err)
+	}
+	return d
+}
+
 // TestVerify: equal replicas are called equal under load; a flipped byte in any
 // replica's backing store is found, and repaired.
 func TestVerify(t *testing.T) {
@@ -180,10 +195,17 @@ func TestVerify(t *testing.T) {
 	if err := d.flush(); err != nil {
 		t.Fatal(err)
 	}
-	l := startLoad(t, "db", seed(t), loadOptions{nodes: c.nodes, registers: 16})
-	for range 3 {
-		c.nodes[1].cli("verify", "db")
+	o := loadOptions{nodes: c.nodes, registers: 16}
+	if verifyTime(t) > time.Minute {
+		o.think = 5 * time.Millisecond // the history of a long run is kept in memory
 	}
+	l := startLoad(t, "db", seed(t), o)
+	runs := 0
+	for end := time.Now().Add(verifyTime(t)); runs < 3 || time.Now().Before(end); runs++ {
+		c.nodes[runs%3].cli("verify", "db")
+	}
+	t.Logf("%d comparisons under load without a report", runs)
+	l.noFailures(l.clients)
 	l.stop()
 	for i, n := range c.nodes {
 		off := int64(20<<20 + i*(256<<10) + 777) // no register of the load is there

@@ -32,20 +32,24 @@ func (rp *replica) runLoop(ctx context.Context) {
 			}
 			continue
 		}
+		rp.core.ClientAt(core.Instant(rp.readAt.Load()))
 		for i := range batch {
 			rp.feed(&batch[i], now)
 		}
 		if now >= next {
 			// By the clock, not by the ticker: a busy loop never sleeps.
 			next = now + core.Instant(every)
+			rp.core.DiskRead(rp.readers.oldest())
 			rp.core.Tick(now)
 			rp.tickBarriers(now)
 			st := rp.core.Status(now)
 			rp.lastStatus.Store(&st)
 		}
+		rp.disk.loop.Store(int64(now))
 		for rp.perform() {
 			// Its own appends are in the file: that may commit, or ack, something.
 		}
+		rp.disk.loop.Store(0)
 		rp.v.opts.Links.Flush()
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
@@ -94,6 +95,9 @@ func (rp *replica) tryRead(a *readArgs) (readOutcome, ident.Seq, error) {
 	return readDone, 0, nil
 }
 
+// readNoteEvery is how precisely the loop knows when clients read last, in ns.
+const readNoteEvery = int64(10 * time.Millisecond)
+
 // judgeGate reports readDone when the gate lets the read pass.
 func (rp *replica) judgeGate(a *readArgs, g core.Gate) readOutcome {
 	if a.committed {
@@ -102,8 +106,12 @@ func (rp *replica) judgeGate(a *readArgs, g core.Gate) readOutcome {
 		}
 		return readDone
 	}
-	if !gateOpen(g, rp.clock.Boot()) {
+	now := rp.clock.Boot()
+	if !gateOpen(g, now) {
 		return readClosed
+	}
+	if at := int64(now); at > rp.readAt.Load()+readNoteEvery {
+		rp.readAt.Store(at) // seldom: the readers share it
 	}
 	switch {
 	case g.Generation > a.generation:
@@ -253,6 +261,9 @@ type readPool struct {
 	queue   []*Request
 	running int
 	closed  bool
+	// began has, for each goroutine, when its read began, 0 between two.
+	began map[uint64]core.Instant
+	nth   uint64
 }
 
 // queueRead hands a read to a goroutine that may wait for the disk.
@@ -268,22 +279,25 @@ func (rp *replica) queueRead(r *Request) {
 	start := p.running < rp.v.opts.Limits.ReadersMax
 	if start {
 		p.running++
+		p.nth++
 		rp.wg.Add(1)
 	}
+	nth := p.nth
 	p.mu.Unlock()
 	if start {
-		go rp.runReader()
+		go rp.runReader(nth)
 	}
 }
 
 // runReader reads until the queue is empty.
-func (rp *replica) runReader() {
+func (rp *replica) runReader(nth uint64) {
 	defer rp.wg.Done()
 	p := &rp.readers
 	for {
 		p.mu.Lock()
 		if len(p.queue) == 0 {
 			p.running--
+			delete(p.began, nth)
 			p.queue = nil
 			p.mu.Unlock()
 			return
@@ -291,6 +305,10 @@ func (rp *replica) runReader() {
 		r := p.queue[0]
 		p.queue[0] = nil
 		p.queue = p.queue[1:]
+		if p.began == nil {
+			p.began = make(map[uint64]core.Instant)
+		}
+		p.began[nth] = rp.clock.Boot()
 		p.mu.Unlock()
 		rp.readStep(r, true)
 		rp.v.opts.Links.Flush()

@@ -52,6 +52,7 @@ type replica struct {
 	blurTo     atomic.Uint64
 	holdNanos  atomic.Int64
 	inSet      atomic.Int64 // size of the in-sync set
+	readAt     atomic.Int64 // when a client read here last, to readNoteEvery
 	failing    atomic.Bool
 	stopping   atomic.Bool // its files may be closed at any moment
 	reopening  atomic.Bool // it was stopped because its disk was full, and is to be opened anew
@@ -65,6 +66,7 @@ type replica struct {
 	checkpointMu sync.Mutex    // held while a checkpoint is written
 	resets       atomic.Uint64 // how often the log has begun anew
 	readers      readPool
+	disk         diskWatch
 
 	ctx      context.Context
 	cancel   context.CancelFunc
@@ -176,7 +178,8 @@ func createFiles(o *Options, ro *ReplicaOptions, id ident.Replica, size uint64) 
 // start starts the goroutines.
 func (rp *replica) start() {
 	rp.ctx, rp.cancel = context.WithCancel(context.Background())
-	rp.wg.Add(3)
+	rp.wg.Add(4)
+	go rp.runStallWatch(rp.ctx)
 	go rp.runSyncer(rp.ctx)
 	go rp.runApplier(rp.ctx)
 	go rp.runCheckpointer(rp.ctx)

@@ -135,7 +135,9 @@ func (rp *replica) runSyncer(ctx context.Context) {
 		}
 		// Quiet: it is for the watch on a disk that hangs, which the tick keeps.
 		rp.in.pushQuiet(input{kind: inSyncStarted})
+		rp.disk.sync.Store(int64(rp.clock.Boot()))
 		seq, err := rp.log.Sync()
+		rp.disk.sync.Store(0)
 		if err != nil {
 			rp.in.push(input{kind: inSyncEnded, seq: 0, id: gen})
 			rp.fail(&syncError{err})

@@ -60,6 +60,7 @@ type Status struct {
 	Remote  int // requests of this node's clients that are with another node
 	// Sessions of this node's clients.
 	Sessions int
+	Stall    string // why the disk of the replica is taken to hang; "": it does not
 }
 
 // StorageStatus is what a replica keeps.
@@ -226,6 +227,10 @@ func (v *Volume) Status() Status {
 	if st := rp.lastStatus.Load(); st != nil {
 		s.Core = *st
 	}
+	if s.Core.Role == core.RolePrimary && !gateOpen(rp.gate.load(), rp.clock.Boot()) {
+		s.Core.Suspended = true // the picture may be of before its disk hung
+	}
+	s.Stall = rp.stall()
 	s.Storage = rp.storageStatus()
 	return s
 }

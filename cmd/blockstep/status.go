@@ -182,5 +182,12 @@ func progress(r *control.Resync) string {
 	if r.TotalBytes > 0 {
 		percent = 100 * float64(r.DoneBytes) / float64(r.TotalBytes)
 	}
-	return fmt.Sprintf("%.0f%% of %s", percent, config.FormatSize(r.TotalBytes))
+	text := fmt.Sprintf("%.0f%% of %s", percent, config.FormatSize(r.TotalBytes))
+	if r.Rate > 0 {
+		text += fmt.Sprintf(", %s/s", config.FormatSize(r.Rate))
+	}
+	if r.Left != nil {
+		text += fmt.Sprintf(", %v left", time.Duration(*r.Left)*time.Second)
+	}
+	return text
 }

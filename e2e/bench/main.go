@@ -52,7 +52,7 @@ func main() {
 func parse() (options, error) {
 	var o options
 	var only string
-	flag.StringVar(&o.suite, "suite", "table", "table, stress or scale")
+	flag.StringVar(&o.suite, "suite", "table", "table, stress, scale or resync")
 	flag.StringVar(&o.bin, "bin", "bin", "directory of blockstep and blockstepd")
 	flag.StringVar(&o.dir, "dir", "", "where the images go (default: a new directory under TMPDIR)")
 	flag.StringVar(&o.json, "json", "", "write the results to this file")
@@ -97,8 +97,10 @@ func run(ctx context.Context) (err error) {
 		err = runStress(ctx, &o, report)
 	case "scale":
 		err = runScale(ctx, &o, report)
+	case "resync":
+		err = runResync(ctx, &o, report)
 	default:
-		err = fmt.Errorf("no suite %q: table, stress or scale", o.suite)
+		err = fmt.Errorf("no suite %q: table, stress, scale or resync", o.suite)
 	}
 	if err != nil {
 		return err

@@ -38,6 +38,10 @@ const (
 type Resync struct {
 	DoneBytes  int64 `json:"done_bytes"`
 	TotalBytes int64 `json:"total_bytes"`
+	// Rate is what was copied a second lately, in bytes, and Left how many
+	// seconds the rest takes at that rate; 0 and null while it is not known.
+	Rate int64  `json:"bytes_per_second"`
+	Left *int64 `json:"seconds_left"`
 }
 
 // ReplicaStatus is one replica of a volume.

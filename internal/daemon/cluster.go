@@ -329,7 +329,7 @@ func (c clusterOf) Event(vol ident.Volume, e core.Event) {
 }
 
 // remarkable are the events that the whole cluster remembers.
-var remarkable = []string{"discarded", "amnesia", "resync", "reopened"}
+var remarkable = []string{"discarded", "amnesia", "resync", "reopened", "stalled"}
 
 func eventText(e core.Event) string {
 	text := e.Name

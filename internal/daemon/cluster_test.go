@@ -13,11 +13,13 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/nbd/nbdtest"
 )
 
@@ -29,6 +31,8 @@ type testNode struct {
 	file   string // configuration
 	client *control.Client
 	log    *logBuffer
+	faults *faults
+	daemon atomic.Pointer[Daemon] // the one that runs
 
 	stop context.CancelFunc
 	done chan error
@@ -71,7 +75,7 @@ func newCluster(t *testing.T, extra string, witness ...string) map[string]*testN
 	}
 	out := map[string]*testNode{}
 	for _, name := range names {
-		n := &testNode{t: t, name: name, dir: filepath.Join(dir, name), log: &logBuffer{}}
+		n := &testNode{t: t, name: name, dir: filepath.Join(dir, name), log: &logBuffer{}, faults: &faults{}}
 		n.file = filepath.Join(dir, name+".yaml")
 		text := fmt.Sprintf("cluster: test\nnode: %s\ndata_dir: %s\nnodes:\n%snbd: {listen: [%q]}\nadmin: {listen: %q}\nmetrics: {listen: %q}\n%s",
 			name, n.dir, nodes.String(), "unix://"+n.sock("nbd"), "unix://"+n.sock("adm"), freeAddress(t), extra)
@@ -129,7 +133,9 @@ func (n *testNode) start() {
 	ctx, stop := context.WithCancel(context.Background())
 	n.stop, n.done = stop, make(chan error, 1)
 	cfg := n.config()
-	go func() { n.done <- Run(ctx, cfg, slog.New(slog.NewTextHandler(n.log, nil))) }()
+	go func() {
+		n.done <- run(ctx, cfg, slog.New(slog.NewTextHandler(n.log, nil)), n.faults.over(vfs.OS()), func(d *Daemon) { n.daemon.Store(d) })
+	}()
 }
 
 // halt stops the node cleanly and waits for it.
@@ -265,6 +271,15 @@ func TestTheWholeThing(t *testing.T) {
 	if got := beta.open("db").Size(); got != 32<<20 {
 		t.Errorf("a new session sees %d bytes", got)
 	}
+
+	d := alpha.daemon.Load()
+	d.setResync(config.Resync{RateMax: 64 << 20, RateMin: 1 << 20}) // as a configuration read anew does
+	alpha.eventually(10*time.Second, "the new rates are in force", func(context.Context) error {
+		if r := d.volume(d.state().Volume("db").ID).driver.Status().Core.View.Rates; r.Max != 64<<20 || r.Min != 1<<20 {
+			return fmt.Errorf("%+v", r)
+		}
+		return nil
+	})
 
 	for _, n := range nodes {
 		n.halt()

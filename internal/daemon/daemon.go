@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -60,6 +61,8 @@ type Daemon struct {
 	local    *localEvents
 	remarks  chan state.Event
 	current  chan struct{} // closed when the cluster state here is known to be no old one
+	resync   atomic.Pointer[config.Resync]
+	retune   chan struct{} // capacity 1: resync has changed
 
 	vmu  sync.RWMutex // guards what follows
 	vols map[ident.Volume]*volume
@@ -73,14 +76,23 @@ type Daemon struct {
 // Run runs a node until ctx ends, and stops it cleanly. It returns the error
 // that kept it from starting or from going on.
 func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger) error {
+	return run(ctx, cfg, logger, vfs.OS(), nil)
+}
+
+// run is Run on a file system; made, when it is not nil, is told of the daemon.
+func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs.FS, made func(*Daemon)) error {
 	d := &Daemon{
-		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: vfs.OS(), start: time.Now(),
+		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: files, start: time.Now(),
 		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
-		current: make(chan struct{}),
-		vols:    map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
+		current: make(chan struct{}), retune: make(chan struct{}, 1),
+		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
 	}
+	d.resync.Store(&cfg.Resync)
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer d.cancel()
+	if made != nil {
+		made(d)
+	}
 	if err := d.open(ctx); err != nil {
 		d.close()
 		return err

@@ -28,6 +28,7 @@ type volumeReport struct {
 	Open    bool          `json:"open"`
 	Replica bool          `json:"replica"`
 	Problem string        `json:"problem,omitempty"` // why its replica is not open
+	Stall   string        `json:"stall,omitempty"`   // why its disk is taken to hang
 	Core    core.Status   `json:"core"`
 	Held    int           `json:"held"`
 	View    state.Volume  `json:"view"` // the cluster state as it sees it
@@ -61,6 +62,7 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 		return r
 	}
 	st := v.driver.Status()
+	r.Stall = st.Stall
 	r.Open, r.Replica, r.Core, r.Held = true, v.replica.Load(), st.Core, st.Held
 	return r
 }
@@ -188,6 +190,13 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 			out.State = control.CatchingUp
 		}
 	}
+	if own.Stall != "" && out.State != control.Failed {
+		// It holds what it has, and is of no use until the disk answers.
+		out.Reason = own.Stall
+		if out.State == control.InSync {
+			out.State = control.CatchingUp
+		}
+	}
 	if r.Failed {
 		out.State, out.Reason = control.Failed, r.Reason
 	}
@@ -204,7 +213,11 @@ func takePeer(out *control.ReplicaStatus, p core.PeerStatus) {
 	out.State = control.ReplicaState(p.State)
 	out.LagBytes, out.DirtyBytes = p.LagBytes, p.DirtyBytes
 	if p.ResyncTotal > 0 {
-		out.Resync = &control.Resync{DoneBytes: p.ResyncDone, TotalBytes: p.ResyncTotal}
+		out.Resync = &control.Resync{DoneBytes: p.ResyncDone, TotalBytes: p.ResyncTotal, Rate: p.ResyncRate}
+		if p.ResyncRate > 0 {
+			left := (p.DirtyBytes + p.ResyncRate - 1) / p.ResyncRate
+			out.Resync.Left = &left
+		}
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft"
@@ -92,6 +93,7 @@ func (d *Daemon) runVolumes(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-changed:
+		case <-d.retune:
 		case <-current:
 			current = nil
 		}
@@ -188,7 +190,7 @@ func (d *Daemon) replicaLost(sv *state.Volume, err error) error {
 // openVolume opens a volume. When its replica here cannot be, the volume is
 // opened for clients alone, and the error says what is wrong with the replica.
 func (d *Daemon) openVolume(ctx context.Context, sv *state.Volume) (*volume, error) {
-	view := viewOf(sv)
+	view := d.viewOf(sv)
 	opts := replication.Options{
 		Volume: sv.ID, Name: sv.Name, Node: d.self,
 		Links: d.links, Cluster: clusterOf{d}, Logger: d.log, Alive: d.alive, View: &view,
@@ -247,7 +249,7 @@ func (d *Daemon) stopVolumes() {
 
 // showView hands the driver what the cluster state says, if it is news.
 func (d *Daemon) showView(v *volume, sv *state.Volume) {
-	view := viewOf(sv)
+	view := d.viewOf(sv)
 	if sameView(v.view, view) {
 		return
 	}
@@ -261,12 +263,36 @@ func sameView(a, b core.View) bool {
 	return fmt.Sprint(a) == fmt.Sprint(b) && slices.Equal(as, bs) && slices.Equal(am, bm)
 }
 
+// setResync puts new bounds on the copying of blocks in force, for resyncs under
+// way too: from a configuration that was read anew. It returns at once.
+func (d *Daemon) setResync(r config.Resync) {
+	d.resync.Store(&r)
+	select {
+	case d.retune <- struct{}{}:
+	default: // it is about to be looked at
+	}
+}
+
+// ratesOf are the bounds of a volume's resyncs: its own where it has some, else
+// those of this node's configuration.
+func (d *Daemon) ratesOf(sv *state.Volume) core.Rates {
+	r := core.Rates{Set: true}
+	if c := d.resync.Load(); c != nil {
+		r.Max, r.Min = c.RateMax, c.RateMin
+	}
+	if o := sv.Options; o.ResyncRateMax > 0 || o.ResyncRateMin > 0 {
+		r.Max, r.Min = o.ResyncRateMax, o.ResyncRateMin
+	}
+	return r
+}
+
 // viewOf is the cluster state of a volume as the data layer sees it.
-func viewOf(sv *state.Volume) core.View {
+func (d *Daemon) viewOf(sv *state.Volume) core.View {
 	view := core.View{
 		Epoch: sv.Epoch, Primary: sv.Primary, Incarnation: sv.PrimaryIncarnation, Position: sv.PrimaryPosition,
 		Set: slices.Clone(sv.InSync), SetVersion: sv.SetVersion, MinCopies: sv.Options.MinCopies,
 		Generation: sv.Generation, LossEpoch: sv.LossEpoch, Size: sv.Size, Deleted: sv.Deleted,
+		Rates: d.ratesOf(sv),
 	}
 	switch sv.Options.Ack {
 	case state.AckQuorum:
@@ -324,7 +350,7 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 	ro := &replication.ReplicaOptions{
 		FS: d.fs, Cluster: d.cfg.Cluster, Dir: dir, Store: rep.Device, BootID: d.bootID,
 		Heartbeat: d.cfg.Volume.Heartbeat, LeaseFor: d.cfg.Volume.Lease, StallTimeout: d.cfg.Volume.StallTimeout,
-		LogRetention: d.cfg.Volume.LogRetention, ResyncMax: d.cfg.Resync.RateMax, ResyncMin: d.cfg.Resync.RateMin,
+		LogRetention: d.cfg.Volume.LogRetention,
 	}
 	if sv.Options.LogRetention > 0 {
 		ro.LogRetention = sv.Options.LogRetention

@@ -32,7 +32,7 @@ type Config struct {
 	LagMax           int64 // bytes of log beyond which a lagging replica is evicted
 
 	ResyncMax   int64 // bytes per second that a resync may move; 0: no ceiling
-	ResyncMin   int64 // bytes per second that it may move even when clients are busy
+	ResyncMin   int64 // bytes per second that it may move while clients are busy; 0: it does not yield
 	ResyncChunk int   // bytes of one BlockRead
 }
 
@@ -95,6 +95,15 @@ type View struct {
 	Size        uint64
 	HoldNanos   int64 // on_no_quorum: error after this long; 0: hold
 	Deleted     bool
+	// Rates bound a resync from here on; when they are not set, Config's do.
+	Rates Rates
+}
+
+// Rates bound the copying of blocks to one target, in bytes a second.
+type Rates struct {
+	Set bool
+	Max int64 // 0: no ceiling
+	Min int64 // what it may move while clients are busy; 0: it does not yield to them
 }
 
 // Origin names who asked, for the driver alone; the core carries it to the answer.
@@ -298,6 +307,7 @@ type PeerStatus struct {
 	DirtyBytes   int64
 	ResyncDone   int64
 	ResyncTotal  int64
+	ResyncRate   int64 // bytes a second, lately; 0: not known yet
 	LeaseGranted bool
 }
 

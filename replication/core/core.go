@@ -94,6 +94,7 @@ type Core struct {
 	proposes    []SetProposal
 
 	syncStarted Instant // 0: no fsync of the log is out
+	readStarted Instant // 0: no client's read is with the disk
 	syncAsked   ident.Seq
 
 	appends slab[wire.Append]
@@ -314,11 +315,20 @@ func (c *Core) Failed(now Instant, reason string) {
 	}
 	c.failed = reason
 	c.event(Event{Name: "failed", To: "Failed", Rule: reason, Pos: c.last})
-	if c.role == RolePrimary || c.role == RolePrimaryElect {
+	if c.isPrimary() {
+		// It serves nothing from here on: who granted it a lease need not wait
+		// for that to run out.
+		for _, pr := range c.p.peers {
+			c.send = append(c.send, Out{To: pr.node, Msg: &wire.Release{Epoch: c.p.epoch}})
+		}
 		c.stepDown("own disk failed")
 	}
 	c.role = RoleFailed
 }
+
+// DiskRead says since when a client's read has been with the own disk; 0: none
+// is. It is known at the next tick.
+func (c *Core) DiskRead(since Instant) { c.readStarted = since }
 
 func (c *Core) advance(now Instant) { c.now = max(c.now, now) }
 

@@ -30,6 +30,12 @@ const (
 	// resyncSpoils is how often a block read may be spoiled by a client's write
 	// before new writes wait for it.
 	resyncSpoils = 3
+	// resyncChunkMin is the least that is read at a time, in bytes.
+	resyncChunkMin = 64 << 10
+	// zeroDiscount is by how much less a block of zeroes counts for the rate.
+	zeroDiscount = 16
+	// rateEvery is how often the rate of a resync is measured, in ns.
+	rateEvery = 1e9
 	// busyFor is how long after a client's request the clients count as busy, in ns.
 	busyFor = 50e6
 	// resyncDirtyMax bounds an encoded ResyncData, in bytes.

@@ -429,7 +429,11 @@ func (c *Core) ask() {
 
 // stalled reports whether the own disk hangs.
 func (c *Core) stalled() bool {
-	return c.syncStarted != 0 && c.cfg.StallTimeout > 0 && c.now-c.syncStarted > Instant(c.cfg.StallTimeout)
+	if c.cfg.StallTimeout <= 0 {
+		return false
+	}
+	late := func(began Instant) bool { return began != 0 && c.now-began > Instant(c.cfg.StallTimeout) }
+	return late(c.syncStarted) || late(c.readStarted)
 }
 
 func (c *Core) tickPrimary() {

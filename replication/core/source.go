@@ -24,8 +24,14 @@ type resyncRun struct {
 	lastSent bool
 	since    Instant // for the rate
 	credit   int64   // bytes that the rate allows now
+	chunk    int     // bytes of the next read
 	moved    int64
 	total    int64
+	// rate is what it moved lately, in bytes a second, for the operator; the
+	// sample under way began at rateAt with ratedAt moved.
+	rate    float64
+	rateAt  Instant
+	ratedAt int64
 }
 
 type blockRead struct {
@@ -61,6 +67,9 @@ func (c *Core) tickResync(pr *peer) {
 		}
 	}
 	c.refill(pr)
+	if pr.run != nil && pr.run.todo != nil {
+		pr.run.measure(c.now)
+	}
 }
 
 // startResync tells a replica to begin anew at our applied position.
@@ -153,6 +162,24 @@ func (c *Core) touched(off, length uint64) {
 	}
 }
 
+// measure brings the rate up to date, about once a second.
+func (r *resyncRun) measure(now Instant) {
+	if r.rateAt == 0 {
+		r.rateAt, r.ratedAt = now, r.moved
+		return
+	}
+	took := now - r.rateAt
+	if took < rateEvery {
+		return
+	}
+	newest := float64(r.moved-r.ratedAt) * 1e9 / float64(took)
+	if r.rate == 0 {
+		r.rate = newest
+	}
+	r.rate = 0.5*r.rate + 0.5*newest
+	r.rateAt, r.ratedAt = now, r.moved
+}
+
 // refill gives a resync what its rate allows: all there is without a ceiling
 // and while no client is busy; the floor while one is.
 func (c *Core) refill(pr *peer) {
@@ -160,9 +187,20 @@ func (c *Core) refill(pr *peer) {
 	if r == nil {
 		return
 	}
-	rate := c.cfg.ResyncMax
-	if c.busy() && c.cfg.ResyncMin > 0 && (rate == 0 || c.cfg.ResyncMin < rate) {
-		rate = c.cfg.ResyncMin
+	rates := c.view.Rates
+	if !rates.Set {
+		rates = Rates{Max: c.cfg.ResyncMax, Min: c.cfg.ResyncMin}
+	}
+	rate := rates.Max
+	defer func() {
+		// A low rate is kept by small steps, not by long pauses.
+		r.chunk = c.cfg.ResyncChunk
+		if rate > 0 {
+			r.chunk = int(min(int64(r.chunk), max(rate/8, resyncChunkMin)))
+		}
+	}()
+	if c.busy() && rates.Min > 0 && (rate == 0 || rates.Min < rate) {
+		rate = rates.Min
 	}
 	if rate == 0 {
 		r.credit, r.since = resyncWindow, c.now
@@ -177,8 +215,12 @@ func (c *Core) refill(pr *peer) {
 		return
 	}
 	r.since = c.now
-	r.credit = min(r.credit+add, max(rate/4, int64(c.cfg.ResyncChunk)))
+	r.credit = min(r.credit+add, max(rate/4, resyncChunkMin))
 }
+
+// ClientAt says that a client was served at the instant without the core's
+// knowing it: reads do not pass through the loop.
+func (c *Core) ClientAt(at Instant) { c.p.requestAt = max(c.p.requestAt, at) }
 
 // busy reports whether a client has asked for anything lately.
 func (c *Core) busy() bool { return c.p.requestAt != 0 && c.now < c.p.requestAt+busyFor }
@@ -194,7 +236,7 @@ func (c *Core) readyResync(pr *peer) {
 	c.again(pr)
 	wrapped := false
 	for len(r.reads) < resyncReads && r.inflight < resyncWindow && r.credit > 0 && !r.todo.Empty() {
-		off, length, ok := r.todo.Next(r.cursor, uint64(c.cfg.ResyncChunk))
+		off, length, ok := r.todo.Next(r.cursor, uint64(r.chunk))
 		if !ok {
 			if wrapped {
 				break
@@ -285,6 +327,12 @@ func (c *Core) BlocksRead(now Instant, q BlockRead, blocks []wire.Block, ok bool
 	r.flight = append(r.flight, blockFlight{id: r.sendID, len: rd.len})
 	r.inflight += int64(rd.len)
 	r.moved += int64(rd.len)
+	for i := range blocks {
+		if blocks[i].Payload == nil {
+			// Zeroes cost the source a look and the link next to nothing.
+			r.credit += int64(blocks[i].Len) / zeroDiscount * (zeroDiscount - 1)
+		}
+	}
 	c.early = append(c.early, Out{To: pr.node, Msg: &wire.Blocks{
 		Epoch: c.p.epoch, Stream: pr.stream, ID: r.sendID, AsOf: pr.next - 1, Blocks: blocks,
 	}})

@@ -17,7 +17,12 @@ func (c *Core) Status(now Instant) Status {
 	s.Waiting += len(c.p.held.w) - c.p.held.head + len(c.p.synced.w) - c.p.synced.head
 	for _, pr := range c.p.peers {
 		dirty, done, total := c.resyncFigures(pr)
+		rate := int64(0)
+		if pr.run != nil {
+			rate = int64(pr.run.rate)
+		}
 		s.Peers = append(s.Peers, PeerStatus{
+			ResyncRate: rate,
 			DirtyBytes: dirty, ResyncDone: done, ResyncTotal: total,
 			Node: pr.node, State: c.peerStateName(pr), Connected: c.heard(pr),
 			Matched: pr.matched, Durable: pr.durable, LagBytes: c.lagBytes(max(pr.matched, pr.floor)),

@@ -1,0 +1,285 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/vfs"
+)
+
+// faults makes a node's disk fail or hang.
+type faults struct {
+	mu   sync.Mutex
+	rule func(vfs.Call) error // nil: a good disk
+	held chan struct{}        // closed when the calls that hang may go on
+}
+
+// over lays the faults over a file system; nil has none.
+func (f *faults) over(fs vfs.FS) vfs.FS {
+	if f == nil {
+		return fs
+	}
+	return vfs.Inject(fs, func(c vfs.Call) error {
+		f.mu.Lock()
+		rule, held := f.rule, f.held
+		f.mu.Unlock()
+		if rule == nil {
+			return nil
+		}
+		err := rule(c)
+		if errors.Is(err, errHang) {
+			<-held
+			return nil
+		}
+		return err
+	})
+}
+
+// errHang makes a call wait until the fault is taken back.
+var errHang = errors.New("test: the disk hangs")
+
+// on makes calls of these kinds on files with this in their path end so.
+func (f *faults) on(err error, part string, ops ...vfs.Op) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held = make(chan struct{})
+	f.rule = func(c vfs.Call) error {
+		for _, op := range ops {
+			if c.Op == op && strings.Contains(c.Path, part) {
+				return &faultError{c, err}
+			}
+		}
+		return nil
+	}
+}
+
+// off mends the disk.
+func (f *faults) off() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.rule != nil {
+		close(f.held)
+	}
+	f.rule = nil
+}
+
+type faultError struct {
+	call vfs.Call
+	err  error
+}
+
+func (e *faultError) Error() string { return fmt.Sprintf("%s %s: %v", e.call.Op, e.call.Path, e.err) }
+func (e *faultError) Unwrap() error { return e.err }
+
+// writer writes through a node without a pause until it is stopped, and fails
+// the test if a write fails.
+func (n *testNode) writer() (stop func()) {
+	n.t.Helper()
+	c := n.open("db")
+	ctx, cancel := context.WithCancel(n.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		block := bytes.Repeat([]byte{1}, 16384)
+		for i := uint64(0); ctx.Err() == nil; i++ {
+			err := c.WriteAt(n.t.Context(), block, i%64*16384)
+			if err == nil && i%8 == 0 {
+				err = c.Flush(n.t.Context())
+			}
+			if err != nil {
+				n.t.Errorf("write through %s: %v", n.name, err)
+				return
+			}
+			pause(ctx, time.Millisecond)
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+// sees waits until the status at a node shows a replica so; the state "" is any
+// but in sync.
+func (n *testNode) sees(replica string, state control.ReplicaState, reason string) {
+	n.t.Helper()
+	n.eventually(30*time.Second, fmt.Sprintf("%s is %s, for %q", replica, state, reason), func(ctx context.Context) error {
+		v, err := n.client.VolumeStatus(ctx, "db")
+		if err != nil {
+			return err
+		}
+		for _, r := range v.Replicas {
+			if r.Node == replica && (r.State == state || state == "" && r.State != control.InSync) && strings.Contains(r.Reason, reason) {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", v.Replicas)
+	})
+}
+
+// hasEvent waits until the cluster's events have one of a kind with this text.
+func (n *testNode) hasEvent(kind, text string) {
+	n.t.Helper()
+	n.eventually(20*time.Second, fmt.Sprintf("an event %q that says %q", kind, text), func(ctx context.Context) error {
+		var all []string
+		err := n.client.Events(ctx, "", false, func(e control.Event) error {
+			if e.Kind == kind && strings.Contains(e.Text, text) {
+				return errFound
+			}
+			all = append(all, e.Kind+": "+e.Text)
+			return nil
+		})
+		if errors.Is(err, errFound) {
+			return nil
+		}
+		if err == nil {
+			err = errors.New("there is none")
+		}
+		return fmt.Errorf("%w; events:\n%s", err, strings.Join(all, "\n"))
+	})
+}
+
+var errFound = errors.New("found")
+
+// same waits until every replica shows the same bytes.
+func (n *testNode) same(names ...string) {
+	n.t.Helper()
+	want := n.read("db", 0, 1<<20)
+	for _, name := range names {
+		n.eventually(20*time.Second, "the replica on "+name+" is equal", func(context.Context) error {
+			if !bytes.Equal(n.read("db@"+name, 0, 1<<20), want) {
+				return errors.New("it differs")
+			}
+			return nil
+		})
+	}
+}
+
+// diskCluster is three nodes and a volume whose primary is alpha.
+func diskCluster(t *testing.T, extra string) map[string]*testNode {
+	t.Helper()
+	nodes := newCluster(t, extra)
+	t.Cleanup(func() {
+		for _, n := range nodes {
+			n.faults.off() // or it would not stop
+		}
+	})
+	nodes["alpha"].create("db", 16<<20)
+	nodes["beta"].healthy("db")
+	if _, err := nodes["beta"].client.Switchover(t.Context(), "db", control.Switchover{To: "alpha"}); err != nil {
+		t.Fatal(err)
+	}
+	return nodes
+}
+
+// TestAHungDisk: the disk of the primary stands still, in an fsync or in the
+// append itself. Another node takes over, status and events say why, and when
+// the disk answers again the replica is back without a command.
+func TestAHungDisk(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "volume: {stall_timeout: 1s}\n")
+	beta, gamma := nodes["beta"], nodes["gamma"]
+	defer beta.writer()()
+	for _, tc := range []struct {
+		name string
+		op   vfs.Op
+	}{{"fsync", vfs.OpSync}, {"append", vfs.OpWrite}} {
+		victim := nodes[beta.status("db").Primary]
+		asks := beta
+		if victim == beta {
+			asks = gamma
+		}
+		victim.faults.on(errHang, "/log/", tc.op)
+		asks.eventually(30*time.Second, tc.name+": another node is primary", func(ctx context.Context) error {
+			v, err := asks.client.VolumeStatus(ctx, "db")
+			if err == nil && (v.Primary == "" || v.Primary == victim.name) {
+				err = fmt.Errorf("primary %q: %s", v.Primary, v.Reason)
+			}
+			return err
+		})
+		asks.hasEvent("stalled", "hangs")
+		asks.sees(victim.name, "", "hangs")
+		victim.faults.off()
+		asks.hasEvent("stalled", "answers again")
+		asks.healthy("db")
+	}
+	beta.same("alpha", "beta", "gamma")
+}
+
+// TestADiskThatFails: each way in which log and backing store can fail, on a
+// secondary and on the primary: the volume goes on, status and events have the
+// reason, and one command heals.
+func TestADiskThatFails(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	beta := nodes["beta"]
+	defer beta.writer()()
+	for _, tc := range []struct {
+		name, victim, part string
+		op                 vfs.Op
+	}{
+		{"write of the log", "gamma", "/log/", vfs.OpWrite},
+		{"fsync of the log", "gamma", "/log/", vfs.OpSync},
+		{"write of the backing store", "gamma", "/data", vfs.OpWrite},
+		{"fsync of the backing store", "gamma", "/data", vfs.OpSync},
+		{"write of the log of the primary", "alpha", "/log/", vfs.OpWrite},
+		{"fsync of the log of the primary", "alpha", "/log/", vfs.OpSync},
+	} {
+		victim := nodes[tc.victim]
+		if beta.status("db").Primary != "alpha" {
+			if _, err := beta.client.Switchover(t.Context(), "db", control.Switchover{To: "alpha"}); err != nil {
+				t.Fatalf("%s: %v", tc.name, err)
+			}
+		}
+		victim.faults.on(syscall.EIO, tc.part, tc.op)
+		if tc.op == vfs.OpSync && tc.part == "/data" {
+			d := victim.daemon.Load() // not only after the ten seconds that it may take
+			if err := d.volume(d.state().Volume("db").ID).driver.Checkpoint(t.Context()); err == nil {
+				t.Errorf("%s: a checkpoint was made", tc.name)
+			}
+		}
+		beta.sees(tc.victim, control.Failed, "input/output error")
+		beta.hasEvent("replica-failed", "input/output error")
+		beta.eventually(20*time.Second, tc.name+": the volume goes on with the others", func(ctx context.Context) error {
+			v, err := beta.client.VolumeStatus(ctx, "db")
+			if err == nil && (v.Primary == tc.victim || v.Health != control.Degraded) {
+				err = fmt.Errorf("primary %q, health %s: %s", v.Primary, v.Health, v.Reason)
+			}
+			return err
+		})
+		victim.faults.off()
+		if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: tc.victim}); err != nil {
+			t.Fatalf("%s: %v", tc.name, err)
+		}
+		beta.healthy("db")
+	}
+	beta.same("alpha", "beta", "gamma")
+}
+
+// TestADiskThatIsFull: no room for log or backing store takes the replica out, a
+// restart does not help and does not hurt, and with room again it is back
+// without a command.
+func TestADiskThatIsFull(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	beta, gamma := nodes["beta"], nodes["gamma"]
+	defer beta.writer()()
+	for _, part := range []string{"/log/", "/data"} {
+		gamma.faults.on(syscall.ENOSPC, part, vfs.OpWrite, vfs.OpAllocate)
+		beta.sees("gamma", control.Failed, "no space left")
+		gamma.halt()
+		gamma.start()
+		gamma.eventually(20*time.Second, "it is up with its disk full", func(ctx context.Context) error {
+			_, err := gamma.client.Nodes(ctx)
+			return err
+		})
+		gamma.faults.off()
+		beta.healthy("db")
+	}
+	beta.same("alpha", "beta", "gamma")
+}
