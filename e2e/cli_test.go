@@ -37,6 +37,7 @@ type volumeStatus struct {
 type replicaStatus struct {
 	Node       string          `json:"node"`
 	State      string          `json:"state"`
+	Reason     string          `json:"reason"`
 	Position   json.RawMessage `json:"position"`
 	LagBytes   int64           `json:"lag_bytes"`
 	DirtyBytes int64           `json:"dirty_bytes"`

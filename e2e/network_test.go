@@ -183,3 +183,34 @@ func TestPartitions(t *testing.T) {
 	l.finish(c)
 	c.replicasEqual("db")
 }
+
+// TestStatusBehindACut: a node that does not reach another one tells what the
+// primary, which does, knows of its replica.
+func TestStatusBehindACut(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{namespaces: true})
+	c.volume("db", "16MiB")
+	alpha, beta, gamma := c.node("alpha"), c.node("beta"), c.node("gamma")
+	c.makePrimary("db", alpha)
+	links := linksOf("beta", []*node{gamma}, true, true)
+	for _, k := range links {
+		c.net.cut(k.from, k.to)
+	}
+	eventually(t, 30*time.Second, "gamma sees by alpha that beta is in sync", func() bool {
+		st, ok := gamma.tryStatus("db")
+		r := st.replica("beta")
+		return ok && st.Health == "healthy" && r.State == "InSync" && strings.Contains(r.Reason, "its primary does")
+	})
+	// One that is down is not taken for one that is only not reached.
+	beta.kill()
+	for range 3 {
+		if st, ok := gamma.tryStatus("db"); ok && st.replica("beta").State == "InSync" {
+			t.Errorf("a killed node is said to be in sync: %+v", st.replica("beta"))
+		}
+	}
+	for _, k := range links {
+		c.net.heal(k.from, k.to)
+	}
+	beta.start()
+	c.waitHealthy("db")
+}

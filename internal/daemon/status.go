@@ -24,6 +24,7 @@ const askNode = time.Second
 type volumeReport struct {
 	Reached bool          `json:"reached"` // false: the node gave no answer
 	RaftID  string        `json:"raft_id"` // of the data_dir that answers
+	Relayed bool          `json:"-"`       // it gives this node no answer, and the primary hears it
 	Foreign bool          `json:"-"`       // what runs there has another data_dir than the cluster knows
 	Open    bool          `json:"open"`
 	Replica bool          `json:"replica"`
@@ -124,7 +125,48 @@ func (d *Daemon) reports(ctx context.Context, sv *state.Volume) map[ident.Node]v
 
 // volumeStatus is the status of a volume as the nodes together know it.
 func (d *Daemon) volumeStatus(ctx context.Context, sv *state.Volume) control.VolumeStatus {
-	return statusOf(sv, d.reports(ctx, sv))
+	reports := d.reports(ctx, sv)
+	d.relay(ctx, sv, reports)
+	return statusOf(sv, reports)
+}
+
+// relayWait is how long the primary is given to hear again from a replica that
+// gives this node no answer: some of its heartbeats, and not quite a lease.
+const relayWait = 800 * time.Millisecond
+
+// relay finds the replicas that only this node does not reach: those that the
+// primary has heard since this node had asked them in vain. A replica that has
+// just died has been heard lately too, but not since.
+func (d *Daemon) relay(ctx context.Context, sv *state.Volume, reports map[ident.Node]volumeReport) {
+	primary := reports[sv.Primary]
+	lost := func() (names []ident.Node) {
+		for _, r := range sv.Replicas {
+			p := primary.peer(r.Node)
+			if own := reports[r.Node]; r.Node != sv.Primary && !own.Reached && !own.Foreign && !own.Relayed && p != nil && p.Connected {
+				names = append(names, r.Node)
+			}
+		}
+		return names
+	}
+	began := time.Now()
+	for primary.serving() && len(lost()) > 0 && time.Since(began) < relayWait && pause(ctx, relayWait/8) {
+		asked := time.Now()
+		primary = d.primaryReport(ctx, sv)
+		for _, n := range lost() {
+			if ago := primary.peer(n).HeardAgo; ago >= 0 && time.Duration(ago) < asked.Sub(began) {
+				reports[n] = volumeReport{Relayed: true}
+			}
+		}
+	}
+}
+
+// peer is what a primary knows of another replica; nil when it knows nothing.
+func (r *volumeReport) peer(n ident.Node) *core.PeerStatus {
+	i := slices.IndexFunc(r.Core.Peers, func(p core.PeerStatus) bool { return p.Node == n })
+	if i < 0 {
+		return nil
+	}
+	return &r.Core.Peers[i]
 }
 
 // statusOf puts the nodes' reports together.
@@ -175,14 +217,17 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 		out.State, out.Reason = control.Failed, own.Problem
 	}
 	if serving && r.Node != sv.Primary && out.State != control.Failed {
-		i := slices.IndexFunc(primary.Core.Peers, func(p core.PeerStatus) bool { return p.Node == r.Node })
-		if i >= 0 {
-			takePeer(&out, primary.Core.Peers[i])
+		if p := primary.peer(r.Node); p != nil {
+			takePeer(&out, *p)
+			if own.Relayed {
+				out.Position = primary.positionAt(p.Matched)
+				out.Reason = relayedReason
+			}
 		} else {
 			out.State = control.CatchingUp
 		}
 		switch {
-		case out.State != control.InSync:
+		case out.State != control.InSync || own.Relayed && sv.InSet(r.Node):
 		case !own.Reached || !own.Replica:
 			// The primary has not noticed yet that it went.
 			out.State = control.Absent
@@ -208,6 +253,18 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 
 // foreignReason is why a node that runs is absent all the same.
 const foreignReason = "it runs with an empty or another data_dir"
+
+// relayedReason is said of a replica whose node this one does not reach.
+const relayedReason = "the node that was asked does not reach it, its primary does"
+
+// positionAt is the position of a seq that a replica holds, where that is of the
+// primary's own epoch; "" else.
+func (r *volumeReport) positionAt(seq ident.Seq) string {
+	if seq == 0 || seq < r.Core.View.Position.Seq {
+		return ""
+	}
+	return ident.Position{Epoch: r.Core.View.Epoch, Seq: seq}.String()
+}
 
 func takePeer(out *control.ReplicaStatus, p core.PeerStatus) {
 	out.State = control.ReplicaState(p.State)

@@ -309,6 +309,7 @@ type PeerStatus struct {
 	ResyncTotal  int64
 	ResyncRate   int64 // bytes a second, lately; 0: not known yet
 	LeaseGranted bool
+	HeardAgo     int64 // ns since its last answer; -1: none in this reign
 }
 
 // Status is a picture for the operator.

@@ -21,8 +21,12 @@ func (c *Core) Status(now Instant) Status {
 		if pr.run != nil {
 			rate = int64(pr.run.rate)
 		}
+		ago := int64(-1)
+		if pr.lastHeard != 0 {
+			ago = int64(c.now - pr.lastHeard)
+		}
 		s.Peers = append(s.Peers, PeerStatus{
-			ResyncRate: rate,
+			ResyncRate: rate, HeardAgo: ago,
 			DirtyBytes: dirty, ResyncDone: done, ResyncTotal: total,
 			Node: pr.node, State: c.peerStateName(pr), Connected: c.heard(pr),
 			Matched: pr.matched, Durable: pr.durable, LagBytes: c.lagBytes(max(pr.matched, pr.floor)),
