@@ -34,8 +34,9 @@ type testNode struct {
 	faults *faults
 	daemon atomic.Pointer[Daemon] // the one that runs
 
-	stop context.CancelFunc
-	done chan error
+	stop    context.CancelFunc
+	done    chan error
+	started int
 }
 
 type logBuffer struct {
@@ -132,6 +133,7 @@ func (n *testNode) start() {
 	n.t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	n.stop, n.done = stop, make(chan error, 1)
+	n.started++
 	cfg := n.config()
 	go func() {
 		n.done <- run(ctx, cfg, slog.New(slog.NewTextHandler(n.log, nil)), n.faults.over(vfs.OS()), func(d *Daemon) { n.daemon.Store(d) })
@@ -532,5 +534,23 @@ func TestDrain(t *testing.T) {
 	}
 	if err := alpha.client.ChangeNode(t.Context(), "gamma", "remove"); err != nil {
 		t.Errorf("remove: %v", err)
+	}
+	// It stops by itself and says why; so it does when it is started again, when
+	// its own copy of the cluster state has it as a member still, or is empty.
+	for range 2 {
+		select {
+		case err := <-gamma.done:
+			if err == nil || !strings.Contains(err.Error(), "was removed from cluster") {
+				t.Errorf("the removed node ended with %v", err)
+			}
+		case <-time.After(60 * time.Second):
+			t.Fatal("the removed node goes on")
+		}
+		gamma.stop()
+		gamma.stop = nil
+		gamma.client.Close()
+		if gamma.started == 1 {
+			gamma.start()
+		}
 	}
 }

@@ -133,6 +133,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.wg.Go(func() { d.runCurrent(d.ctx) })
 	d.wg.Go(func() { d.runVolumes(d.ctx) })
 	d.wg.Go(func() { d.runRemarks(d.ctx) })
+	d.wg.Go(func() { d.runMembership(d.ctx) })
 	if err := d.openNBD(); err != nil {
 		return err
 	}
