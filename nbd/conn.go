@@ -2,10 +2,12 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -210,10 +212,41 @@ func (c *conn) hangUp(reason error) {
 	c.mu.Lock()
 	dead := c.mu.dead
 	c.mu.Unlock()
-	if c.secure && !dead {
-		c.stream.Close()
+	if !dead {
+		c.linger(errors.Is(reason, errDisconnected))
 	}
 	c.kill(reason)
+}
+
+// linger ends the sending side and, unless the client has said that it sends
+// nothing more, waits until it has the last answers. A TCP socket that is closed
+// while requests of the client are unread is reset, and what was not delivered
+// by then is lost.
+func (c *conn) linger(done bool) {
+	if t, ok := c.stream.(*tls.Conn); ok {
+		t.CloseWrite() //nolint:errcheck // as good as can be: the connection ends
+	}
+	tcp, ok := c.raw.(*net.TCPConn)
+	if !ok || done {
+		return
+	}
+	tcp.CloseWrite() //nolint:errcheck // it is gone already, then
+	buf := make([]byte, 4096)
+	began := time.Now()
+	for quiet := began; ; {
+		tcp.SetReadDeadline(time.Now().Add(lingerQuiet / 4)) //nolint:errcheck // closed: Read says so
+		n, err := tcp.Read(buf)
+		now := time.Now()
+		switch {
+		case n > 0:
+			quiet = now
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return // the client has closed, or kill has
+		}
+		if now.Sub(began) >= lingerMax || now.Sub(quiet) >= lingerQuiet && unsent(c.sock) == 0 {
+			return
+		}
+	}
 }
 
 func (c *conn) endHandshake(err error) {

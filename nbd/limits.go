@@ -55,9 +55,21 @@ const (
 	// connReserveBytes is what each connection may have in flight whatever
 	// others use, so that nobody is starved by a slow client.
 	connReserveBytes = 1 << 20
+	// inlineBytesMax is how much a goroutine that completes requests sends to one
+	// client before it leaves the rest to the connection's own writer: whoever
+	// answers all clients of a volume must not copy one client's large reads for
+	// long.
+	inlineBytesMax = 1 << 20
 	// readBufferMin holds a header and a 4 KiB write; idle connections keep
 	// no more than this.
 	readBufferMin = 16 << 10
+
+	// lingerMax is how long a connection that the server ends waits for the
+	// client to take the last answers.
+	lingerMax = 5 * time.Second
+	// lingerQuiet is how long it waits for more once the client's kernel has
+	// them.
+	lingerQuiet = 100 * time.Millisecond
 
 	// stringMax is the protocol's limit for every string, in bytes.
 	stringMax = 4096

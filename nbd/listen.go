@@ -181,3 +181,16 @@ func peerGone(rc syscall.RawConn) bool {
 	})
 	return gone || err != nil
 }
+
+// unsent returns how many bytes the peer's kernel has not acknowledged yet.
+func unsent(rc syscall.RawConn) (n int) {
+	if rc == nil {
+		return 0
+	}
+	rc.Control(func(fd uintptr) { //nolint:errcheck // a closed socket sends nothing
+		if v, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
+			n = v
+		}
+	})
+	return n
+}

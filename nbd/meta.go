@@ -99,31 +99,53 @@ func matchContexts(available []string, query string, selecting bool) []string {
 	return found
 }
 
-func (n *negotiation) listMeta(data, out []byte) []byte {
+// metaQuery is a meta context option that can be answered.
+type metaQuery struct {
+	export    string
+	queries   []string
+	available []string // the export's contexts
+}
+
+// openMeta judges what LIST_META_CONTEXT and SET_META_CONTEXT have in common.
+// When it returns nil, out has the error.
+func (n *negotiation) openMeta(data, out []byte) (*metaQuery, []byte) {
 	export, queries, tooMany, ok := metaOption(data)
 	switch {
 	case !ok:
-		return n.fail(out, repErrInvalid, "malformed meta context query")
+		return nil, n.fail(out, repErrInvalid, "malformed meta context query")
 	case tooMany:
-		return n.fail(out, repErrTooBig, "too many queries")
+		return nil, n.fail(out, repErrTooBig, "too many queries")
 	case !n.structured:
-		return n.fail(out, repErrInvalid, "negotiate structured replies first")
+		return nil, n.fail(out, repErrInvalid, "negotiate structured replies first")
 	}
 	info, err := n.server.lookup(export)
 	if err != nil {
-		return n.failExport(out, err)
+		return nil, n.failExport(out, err)
 	}
-	available := append([]string{AllocationContext}, info.MetaContexts...)
-	found := available
-	if len(queries) > 0 {
-		found = nil
-		for _, q := range queries {
-			for _, name := range matchContexts(available, q, false) {
-				if !slices.Contains(found, name) {
-					found = append(found, name)
-				}
+	return &metaQuery{export, queries, append([]string{AllocationContext}, info.MetaContexts...)}, out
+}
+
+// match returns the contexts that the queries mean, each once.
+func (q *metaQuery) match(selecting bool) []string {
+	var found []string
+	for _, query := range q.queries {
+		for _, name := range matchContexts(q.available, query, selecting) {
+			if !slices.Contains(found, name) {
+				found = append(found, name)
 			}
 		}
+	}
+	return found
+}
+
+func (n *negotiation) listMeta(data, out []byte) []byte {
+	q, out := n.openMeta(data, out)
+	if q == nil {
+		return out
+	}
+	found := q.available
+	if len(q.queries) > 0 {
+		found = q.match(false)
 	}
 	for _, name := range found {
 		out = n.metaReply(out, 0, name)
@@ -133,28 +155,11 @@ func (n *negotiation) listMeta(data, out []byte) []byte {
 
 func (n *negotiation) setMeta(data, out []byte) []byte {
 	n.meta.drop() // also when this one fails
-	export, queries, tooMany, ok := metaOption(data)
-	switch {
-	case !ok:
-		return n.fail(out, repErrInvalid, "malformed meta context query")
-	case tooMany:
-		return n.fail(out, repErrTooBig, "too many queries")
-	case !n.structured:
-		return n.fail(out, repErrInvalid, "negotiate structured replies first")
+	q, out := n.openMeta(data, out)
+	if q == nil {
+		return out
 	}
-	info, err := n.server.lookup(export)
-	if err != nil {
-		return n.failExport(out, err)
-	}
-	available := append([]string{AllocationContext}, info.MetaContexts...)
-	m := metaSelection{export: export}
-	for _, q := range queries {
-		for _, name := range matchContexts(available, q, true) {
-			if !slices.Contains(m.names, name) {
-				m.names = append(m.names, name)
-			}
-		}
-	}
+	m := metaSelection{export: q.export, names: q.match(true)}
 	if len(m.names) > contextsMax {
 		return n.fail(out, repErrTooBig, "too many meta contexts")
 	}

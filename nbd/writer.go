@@ -3,6 +3,7 @@ package nbd
 import (
 	"errors"
 	"io"
+	"math"
 	"syscall"
 	"unsafe"
 )
@@ -13,8 +14,12 @@ const inlineRounds = 4
 
 // write sends what is queued. The caller holds the writer's role, and write
 // gives it up or hands it to the writer goroutine. Unless mayBlock it never
-// waits for the client.
+// waits for the client, and sends at most inlineBytesMax.
 func (c *conn) write(mayBlock bool) {
+	c.out.room = inlineBytesMax
+	if mayBlock {
+		c.out.room = math.MaxInt
+	}
 	for round := 0; ; round++ {
 		c.mu.Lock()
 		if len(c.mu.queue) == 0 && c.out.idle() {
@@ -22,7 +27,7 @@ func (c *conn) write(mayBlock bool) {
 			c.mu.Unlock()
 			return
 		}
-		if !mayBlock && (round == inlineRounds || c.fd == nil) && !c.mu.dead {
+		if !mayBlock && (round == inlineRounds || c.fd == nil || c.out.room == 0) && !c.mu.dead {
 			c.work <- struct{}{} // never blocks: there is one role to hand over
 			c.mu.Unlock()
 			return
@@ -75,11 +80,15 @@ func (c *conn) finishBatch() {
 }
 
 // writeLoaded encodes and sends the loaded batch. It returns false when the
-// socket took not all of it and it must not wait.
+// socket took not all of it and it must not wait, or when it has sent all that it
+// may.
 func (c *conn) writeLoaded(mayBlock, dead bool) bool {
 	for !dead {
 		if c.out.sent() && !c.out.encode(c) {
 			return true
+		}
+		if c.out.room == 0 {
+			return false
 		}
 		n, again, err := c.send(mayBlock)
 		c.sentBytes.Add(uint64(n))
@@ -155,6 +164,7 @@ type replyWriter struct {
 	n      int
 	errno  syscall.Errno
 	wait   bool
+	room   int    // bytes that whoever has the role may still send
 	stage  []byte // for a stream that takes no vectors
 }
 
@@ -228,6 +238,7 @@ func (w *replyWriter) payload(b []byte) {
 
 // advance notes that n bytes are sent.
 func (w *replyWriter) advance(n int) {
+	w.room -= n
 	for n > 0 {
 		v := &w.iov[w.iovNext]
 		if have := int(v.Len); n < have {
@@ -240,18 +251,35 @@ func (w *replyWriter) advance(n int) {
 	}
 }
 
+// within returns the vectors of the next n bytes. The last is cut short by the
+// length returned, which the caller gives back.
+func (w *replyWriter) within(n int) (v []syscall.Iovec, cut uint64) {
+	v = w.iov[w.iovNext:]
+	for i := range v {
+		have := int(v[i].Len)
+		if have >= n {
+			v[i].SetLen(n)
+			return v[:i+1], uint64(have - n)
+		}
+		n -= have
+	}
+	return v, 0
+}
+
 // doWritev is the callback of RawConn.Write: false waits for room and calls
 // again.
 func (w *replyWriter) doWritev(fd uintptr) bool {
-	v := w.iov[w.iovNext:]
+	v, cut := w.within(w.room)
 	for {
 		n, _, errno := syscall.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
+		if errno == syscall.EINTR {
+			continue
+		}
+		v[len(v)-1].Len += cut
 		switch errno {
 		case 0:
 			w.n, w.errno = int(n), 0
 			return true
-		case syscall.EINTR:
-			continue
 		case syscall.EAGAIN:
 			w.errno = errno
 			return !w.wait

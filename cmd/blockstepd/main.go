@@ -66,7 +66,11 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", *file, cfg.Node, cfg.Cluster, len(cfg.Nodes))
 		return exitDone
 	}
-	if err := daemon.Run(ctx, cfg, newLogger(cfg.Log, errOut)); err != nil {
+	sockets, err := daemon.Inherited()
+	if err == nil {
+		err = daemon.Run(ctx, cfg, newLogger(cfg.Log, errOut), sockets...)
+	}
+	if err != nil {
 		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
 		return exitFailed
 	}

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -44,8 +43,10 @@ func (l *loader) build() *Config {
 			Listen:           l.listeners(),
 			TLS:              l.tls(),
 			MaxConnections:   l.integer("nbd.max_connections"),
+			MaxRequests:      l.integer("nbd.max_requests"),
 			HandshakeTimeout: l.duration("nbd.handshake_timeout"),
 			IdleTimeout:      l.duration("nbd.idle_timeout"),
+			StallTimeout:     l.duration("nbd.stall_timeout"),
 		},
 		Metrics: Metrics{Listen: l.str("metrics.listen")},
 		Log:     Log{Level: l.enum("log.level"), Format: l.enum("log.format")},
@@ -61,7 +62,7 @@ func (l *loader) build() *Config {
 			Ack:             l.enum("volume.ack"),
 		},
 		Resync:       Resync{RateMax: l.size("resync.rate_max"), RateMin: l.size("resync.rate_min")},
-		Memory:       Memory{Volume: l.size("memory.volume"), NBD: l.size("memory.nbd")},
+		Memory:       Memory{Volume: l.size("memory.volume"), NBD: l.size("memory.nbd"), NBDConnection: l.size("memory.nbd_connection")},
 		Raft:         Raft{Heartbeat: l.duration("raft.heartbeat"), Election: l.duration("raft.election")},
 		Attach:       Attach{DeadTimeout: l.duration("attach.dead_timeout")},
 		FailoverAuto: l.boolean("failover.auto"),
@@ -95,6 +96,10 @@ func (l *loader) checkWhole(c *Config) {
 			l.fail("metrics.listen", err.Error(), "write it like 127.0.0.1:9720, or leave it out to have none")
 		}
 	}
+	if m := c.Memory; m.NBDConnection > m.NBD {
+		l.fail("memory.nbd_connection", fmt.Sprintf("%s is more than memory.nbd, %s", FormatSize(m.NBDConnection), FormatSize(m.NBD)), "lower it, or raise memory.nbd")
+	}
+	l.checkListeners(c)
 	l.checkPorts(c)
 }
 
@@ -260,110 +265,4 @@ func (l *loader) tls() TLS {
 		l.fail("nbd.tls", "ca and require need a certificate", "set nbd.tls.cert and nbd.tls.key to PEM files")
 	}
 	return t
-}
-
-// ParseListener reads unix:///PATH or tcp://HOST:PORT.
-func ParseListener(s string) (Listener, error) {
-	const forms = "allowed are unix:///PATH and tcp://HOST:PORT"
-	network, rest, ok := strings.Cut(s, "://")
-	if !ok {
-		return Listener{}, fmt.Errorf("%q is not an address; %s", s, forms)
-	}
-	l := Listener{Network: network, Address: rest, Mode: 0o660}
-	switch network {
-	case "unix":
-		if !filepath.IsAbs(rest) {
-			return Listener{}, fmt.Errorf("%q has no absolute path; %s", s, forms)
-		}
-		if len(rest) > unixPathMax {
-			return Listener{}, fmt.Errorf("%q is longer than the %d bytes that a socket's path may have", s, unixPathMax)
-		}
-	case "tcp":
-		if _, _, err := SplitAddress(rest, true); err != nil {
-			return Listener{}, fmt.Errorf("%w; %s", err, forms)
-		}
-	default:
-		return Listener{}, fmt.Errorf("%q has an unknown scheme %q; %s", s, network, forms)
-	}
-	return l, nil
-}
-
-// listeners reads nbd.listen: an address, several by commas, or a list of
-// addresses and of maps with an address and its options.
-func (l *loader) listeners() []Listener {
-	const name = "nbd.listen"
-	fromFile := l.find(name)
-	if l.overridden(name) || fromFile == nil || fromFile.Kind == yaml.ScalarNode {
-		var out []Listener
-		for s := range strings.SplitSeq(l.str(name), ",") {
-			if s = strings.TrimSpace(s); s == "" {
-				continue
-			}
-			n, err := ParseListener(s)
-			if err != nil {
-				l.fail(name, err.Error(), "")
-				continue
-			}
-			out = append(out, n)
-		}
-		return out
-	}
-	if fromFile.Kind != yaml.SequenceNode {
-		l.failAt(fromFile, name, "is not a list of addresses", `write it like ["unix:///run/blockstep/nbd.sock", "tcp://127.0.0.1:10809"]`)
-		return nil
-	}
-	var out []Listener
-	for i, n := range fromFile.Content {
-		out = append(out, l.listener(fmt.Sprintf("%s[%d]", name, i), n))
-	}
-	return out
-}
-
-func (l *loader) listener(full string, n *yaml.Node) Listener {
-	if n.Kind == yaml.ScalarNode {
-		out, err := ParseListener(n.Value)
-		if err != nil {
-			l.failAt(n, full, err.Error(), "")
-		}
-		return out
-	}
-	address := mapValue(n, "address")
-	if address == nil {
-		l.failAt(n, full, "has no address", "write it as {address: \"unix:///run/blockstep/nbd.sock\", mode: \"0660\"}; allowed here: "+strings.Join(listenerKeys, ", "))
-		return Listener{}
-	}
-	out, err := ParseListener(address.Value)
-	if err != nil {
-		l.failAt(address, full+".address", err.Error(), "")
-	}
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		l.listenerOption(&out, full, n.Content[i], n.Content[i+1])
-	}
-	return out
-}
-
-func (l *loader) listenerOption(out *Listener, full string, k, v *yaml.Node) {
-	switch k.Value {
-	case "address":
-	case "group":
-		out.Group = v.Value
-	case "mode":
-		m, err := strconv.ParseUint(v.Value, 8, 32)
-		if err != nil || m > 0o777 {
-			l.failAt(v, full+".mode", fmt.Sprintf("%q is not a file mode", v.Value), "allowed are octal modes, for example 0660")
-		}
-		out.Mode = os.FileMode(m)
-	case "read_only":
-		b, err := strconv.ParseBool(v.Value)
-		if err != nil {
-			l.failAt(v, full+".read_only", fmt.Sprintf("%q is neither true nor false", v.Value), "allowed are true and false")
-		}
-		out.ReadOnly = b
-	case "allow":
-		if err := v.Decode(&out.Allow); err != nil {
-			l.failAt(v, full+".allow", "is not a list of export names", "write it like [db, web]")
-		}
-	default:
-		l.errs = append(l.errs, unknown(l.file, k.Line, full+"."+k.Value, k.Value, listenerKeys))
-	}
 }

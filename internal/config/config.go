@@ -50,12 +50,14 @@ type Node struct {
 
 // Listener is one address with its options.
 type Listener struct {
-	Network  string // "tcp" or "unix"
-	Address  string // host:port, or the socket's path
-	Mode     os.FileMode
-	Group    string // of a unix socket; "" leaves the daemon's own
-	ReadOnly bool
-	Allow    []string // exports that may be used here; empty: all
+	Network        string      // "tcp", "unix", or "fd": a socket that systemd passes
+	Address        string      // host:port, the socket's path, or the name or number that systemd gives it
+	Mode           os.FileMode // of a unix socket
+	Group          string      // of a unix socket; "" leaves the daemon's own
+	ReadOnly       bool
+	Allow          []string // exports that may be used here, names or patterns; empty: all
+	MaxConnections int      // of this listener; 0: nbd.max_connections alone counts
+	TLS            string   // off, offered, required; "": as nbd.tls says
 }
 
 // String is the form in which the configuration spells the address.
@@ -66,15 +68,17 @@ type NBD struct {
 	Listen           []Listener
 	TLS              TLS
 	MaxConnections   int // of all listeners together
+	MaxRequests      int // in flight on one connection
 	HandshakeTimeout time.Duration
 	IdleTimeout      time.Duration // 0: never
+	StallTimeout     time.Duration // of a client within a request, or that takes no replies
 }
 
 // TLS configures STARTTLS of the NBD server.
 type TLS struct {
 	Cert, Key string // PEM files; both or none
 	CA        string // PEM file: clients must show a certificate that it signed
-	Require   bool   // refuse clients that do not use TLS
+	Require   bool   // refuse clients on TCP that do not use TLS
 }
 
 // Enabled reports whether TLS is configured at all.
@@ -115,6 +119,8 @@ type Resync struct {
 type Memory struct {
 	Volume int64 // bytes for one busy volume
 	NBD    int64 // bytes of payloads of all NBD connections
+	// NBDConnection is the part of NBD that one connection may hold.
+	NBDConnection int64
 }
 
 // Attach configures kernel devices.

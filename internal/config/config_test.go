@@ -105,7 +105,7 @@ func TestErrors(t *testing.T) {
 	replace := func(old, new string) string { return strings.Replace(good, old, new, 1) }
 	for _, tc := range []struct{ name, text, want string }{
 		{"unknown key", good + "data-dir: /x\n", `FILE:12: data-dir: unknown key; did you mean "data_dir"? allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, log, memory, metrics, nbd, node, nodes, raft, resync, volume`},
-		{"unknown key in a section", replace("nbd:   {listen", "nbd:   {lisen"), `FILE:8: nbd.lisen: unknown key; did you mean "listen"? allowed here: handshake_timeout, idle_timeout, listen, max_connections, tls`},
+		{"unknown key in a section", replace("nbd:   {listen", "nbd:   {lisen"), `FILE:8: nbd.lisen: unknown key; did you mean "listen"? allowed here: handshake_timeout, idle_timeout, listen, max_connections, max_requests, stall_timeout, tls`},
 		{"unknown key of a node", replace(", witness", ", witnes"), `FILE:7: nodes.gamma.witnes: unknown key; did you mean "witness"? allowed here: address, witness`},
 		{"key in the wrong case", replace("cluster:", "Cluster:"), "FILE:1: Cluster: unknown key; did you mean \"cluster\"? allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, log, memory, metrics, nbd, node, nodes, raft, resync, volume"},
 		{"section as a value", good + "volume: 3\n", `FILE:12: volume: is a section, not a value; allowed under it: ack, after_power_loss, heartbeat, lease, log_retention, no_quorum_timeout, on_no_quorum, power_loss_grace, stall_timeout`},

@@ -42,10 +42,12 @@ var keys = []key{
 	{name: "nodes", kind: kindNodes},
 	{name: "boot_id_file", def: "/proc/sys/kernel/random/boot_id", flag: "boot-id-file", help: "file whose content changes with each boot"},
 
-	{name: "nbd.listen", kind: kindListeners, def: "unix:///run/blockstep/nbd.sock", flag: "nbd-listen", help: "NBD addresses, unix:///PATH or tcp://HOST:PORT, separated by commas"},
+	{name: "nbd.listen", kind: kindListeners, def: "unix:///run/blockstep/nbd.sock", flag: "nbd-listen", help: "NBD addresses, unix:///PATH, tcp://HOST:PORT or fd://NAME, separated by commas"},
 	{name: "nbd.max_connections", kind: kindInt, def: "1024", min: 1, max: 65536},
+	{name: "nbd.max_requests", kind: kindInt, def: "256", min: 1, max: 65536},
 	{name: "nbd.handshake_timeout", kind: kindDuration, def: "10s", min: 100, max: 600_000},
 	{name: "nbd.idle_timeout", kind: kindDuration, def: "0s", min: 0, max: 7 * 24 * 3600_000},
+	{name: "nbd.stall_timeout", kind: kindDuration, def: "1m", min: 1000, max: 24 * 3600_000},
 	{name: "nbd.tls.cert"},
 	{name: "nbd.tls.key"},
 	{name: "nbd.tls.ca"},
@@ -73,6 +75,7 @@ var keys = []key{
 	{name: "resync.rate_min", kind: kindSize, def: "4MiB", min: 0, max: unbounded},
 	{name: "memory.volume", kind: kindSize, def: "64MiB", min: 8 << 20, max: 1 << 40},
 	{name: "memory.nbd", kind: kindSize, def: "128MiB", min: 64 << 20, max: 1 << 40},
+	{name: "memory.nbd_connection", kind: kindSize, def: "32MiB", min: 32 << 20, max: 1 << 40},
 	{name: "raft.heartbeat", kind: kindDuration, def: "700ms", min: 20, max: 60_000},
 	{name: "raft.election", kind: kindDuration, def: "700ms", min: 20, max: 60_000},
 	{name: "attach.dead_timeout", kind: kindDuration, def: "10m", min: 1000, max: 24 * 3600_000},
@@ -83,7 +86,7 @@ var keys = []key{
 // nbd.listen.
 var (
 	nodeKeys     = []string{"address", "witness"}
-	listenerKeys = []string{"address", "allow", "group", "mode", "read_only"}
+	listenerKeys = []string{"address", "allow", "group", "max_connections", "mode", "read_only", "tls"}
 )
 
 func lookup(name string) (key, bool) {

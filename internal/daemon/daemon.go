@@ -60,6 +60,7 @@ type Daemon struct {
 	metrics  *metricsServer
 	local    *localEvents
 	remarks  chan state.Event
+	sockets  []Socket      // that systemd passes
 	current  chan struct{} // closed when the cluster state here is known to be no old one
 	resync   atomic.Pointer[config.Resync]
 	retune   chan struct{} // capacity 1: resync has changed
@@ -74,9 +75,10 @@ type Daemon struct {
 }
 
 // Run runs a node until ctx ends, and stops it cleanly. It returns the error
-// that kept it from starting or from going on.
-func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger) error {
-	return run(ctx, cfg, logger, vfs.OS(), nil)
+// that kept it from starting or from going on. The sockets are those of
+// Inherited.
+func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger, sockets ...Socket) error {
+	return run(ctx, cfg, logger, vfs.OS(), func(d *Daemon) { d.sockets = sockets })
 }
 
 // run is Run on a file system; made, when it is not nil, is told of the daemon.
@@ -252,46 +254,6 @@ func (d *Daemon) addressOf(n ident.Node) (string, bool) {
 	}
 	c, ok := d.cfg.Find(string(n))
 	return c.Address, ok
-}
-
-// openNBD serves the exports on the configured addresses.
-func (d *Daemon) openNBD() error {
-	c := nbd.Config{
-		Exports: exports{d}, Logger: d.log, TLSRequire: d.cfg.NBD.TLS.Require,
-		Limits: nbd.Limits{
-			BytesTotal: d.cfg.Memory.NBD, Connections: d.cfg.NBD.MaxConnections,
-			Handshake: d.cfg.NBD.HandshakeTimeout, Idle: d.cfg.NBD.IdleTimeout,
-		},
-	}
-	if t := d.cfg.NBD.TLS; t.Enabled() {
-		var err error
-		if c.TLS, err = nbd.LoadTLS(t.Cert, t.Key, t.CA); err != nil {
-			return fmt.Errorf("nbd.tls: %w; check the files that %s names", err, d.cfg.File)
-		}
-	}
-	var err error
-	if d.nbd, err = nbd.NewServer(c); err != nil {
-		return err
-	}
-	for _, l := range d.cfg.NBD.Listen {
-		if err := d.serveNBD(l); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (d *Daemon) serveNBD(l config.Listener) error {
-	ln, err := nbd.Listen(l.String(), nbd.SocketOptions{Mode: l.Mode, Group: l.Group})
-	if err != nil {
-		return listenError("nbd.listen", l.String(), err)
-	}
-	d.wg.Go(func() {
-		if err := d.nbd.Serve(d.ctx, ln, nbd.ListenerOptions{ReadOnly: l.ReadOnly, Allow: l.Allow}); err != nil {
-			d.fail(err)
-		}
-	})
-	return nil
 }
 
 // fail stops the daemon with an error.
