@@ -24,10 +24,11 @@ type cluster struct {
 
 // options change a cluster from the default: three nodes that store.
 type options struct {
-	nodes   []string          // nil: alpha, beta, gamma
-	witness []string          // of nodes
-	config  map[string]string // dotted key → YAML value, for every node
-	stopped bool              // do not start the daemons
+	nodes   []string           // nil: alpha, beta, gamma
+	witness []string           // of nodes
+	config  map[string]string  // dotted key → YAML value, for every node
+	stopped bool               // do not start the daemons
+	nbd     func(*node) string // what stands under nbd:, in the place of the two plain listeners
 	// namespaces gives each node a network of its own, which can be cut.
 	namespaces bool
 	// crashDisks, when not 0, is the seed of disks that lose what was not fsynced
@@ -110,7 +111,11 @@ func (c *cluster) config(n *node, o options) string {
 	for _, peer := range c.nodes {
 		fmt.Fprintf(&b, "  %s: {address: %q, witness: %v}\n", peer.name, peer.addr, slices.Contains(o.witness, peer.name))
 	}
-	fmt.Fprintf(&b, "nbd:\n  listen: [%q, %q]\n", "unix://"+n.nbdSock, "tcp://"+n.nbdTCP)
+	if o.nbd != nil {
+		fmt.Fprintf(&b, "nbd:\n%s", o.nbd(n))
+	} else {
+		fmt.Fprintf(&b, "nbd:\n  listen: [%q, %q]\n", "unix://"+n.nbdSock, "tcp://"+n.nbdTCP)
+	}
 	fmt.Fprintf(&b, "admin: {listen: %q}\nmetrics: {listen: %q}\nboot_id_file: %s\n", "unix://"+n.admin, n.metrics, n.bootFile)
 
 	sections := map[string][]string{}

@@ -42,7 +42,7 @@ func needTool(t testing.TB, names ...string) {
 	t.Helper()
 	packages := map[string]string{
 		"qemu-img": "qemu-utils", "qemu-io": "qemu-utils",
-		"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "nbdfuse": "libnbd-bin",
+		"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "nbdfuse": "libnbd-bin", "nbdsh": "python3-libnbd",
 		"fusermount3": "fuse3", "fio": "fio", "ip": "iproute2",
 		"mkfs.ext4": "e2fsprogs", "fsck.ext4": "e2fsprogs",
 	}

@@ -30,6 +30,9 @@ type node struct {
 	logFile  string
 	boots    int // how often the machine "booted"
 	disk     *crashDisk
+	// sockets are handed to the daemon as systemd does it, under these names.
+	sockets     []*os.File
+	socketNames string // with colons between
 
 	mu   sync.Mutex
 	proc *exec.Cmd     // nil: not running
@@ -63,8 +66,16 @@ func (n *node) tryStart() error {
 		// ip becomes the daemon by exec: the process id is the daemon's.
 		args = append([]string{"ip", "netns", "exec", n.c.net.name(n.name)}, args...)
 	}
+	if n.sockets != nil {
+		// The shell becomes the daemon by exec, and so knows its process id.
+		args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$@"`, "sh"}, args...)
+	}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stderr, cmd.Stdout = log, log
+	if n.sockets != nil {
+		cmd.ExtraFiles = n.sockets
+		cmd.Env = append(os.Environ(), fmt.Sprintf("LISTEN_FDS=%d", len(n.sockets)), "LISTEN_FDNAMES="+n.socketNames)
+	}
 	// A test binary that dies takes its daemons along.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := cmd.Start(); err != nil {

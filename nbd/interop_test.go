@@ -3,15 +3,8 @@ package nbd_test
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	crand "crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
-	"math/big"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -51,7 +44,7 @@ func tryTool(t *testing.T, name string, args ...string) (string, error) {
 			t.Fatalf("%s is not installed: apt-get install %s", name, debianPackages[name])
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.WaitDelay = time.Second
@@ -305,46 +298,8 @@ func TestNbdfuse(t *testing.T) {
 func certificates(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	write := func(name, kind string, der []byte) {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var ca *x509.Certificate
-	var caKey *ecdsa.PrivateKey
-	for i, name := range []string{"ca", "server", "client"} {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tmpl := &x509.Certificate{
-			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
-			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-			BasicConstraintsValid: true, IsCA: name == "ca",
-			KeyUsage:    x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
-			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-			DNSNames:    []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		}
-		if name == "ca" {
-			tmpl.ExtKeyUsage, ca, caKey = nil, tmpl, key
-		} else {
-			tmpl.KeyUsage = x509.KeyUsageDigitalSignature
-		}
-		der, err := x509.CreateCertificate(crand.Reader, tmpl, ca, &key.PublicKey, caKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if name == "ca" {
-			if ca, err = x509.ParseCertificate(der); err != nil {
-				t.Fatal(err)
-			}
-		}
-		write(name+"-cert.pem", "CERTIFICATE", der)
-		keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		write(name+"-key.pem", "PRIVATE KEY", keyDER)
+	if err := nbdtest.WriteCertificates(dir); err != nil {
+		t.Fatal(err)
 	}
 	return dir
 }

@@ -15,6 +15,7 @@ qemu-img:qemu-utils
 qemu-io:qemu-utils
 nbdinfo:libnbd-bin
 nbdcopy:libnbd-bin
+nbdsh:python3-libnbd
 nbdfuse:libnbd-bin
 fusermount3:fuse3
 fio:fio
