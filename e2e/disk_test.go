@@ -60,7 +60,7 @@ func dialAddr(network, addr, export string) (*disk, error) {
 		return nil, err
 	}
 	d := &disk{conn: conn}
-	d.deadline(time.Now().Add(20 * time.Second))
+	d.deadline(time.Now().Add(time.Minute))
 	if err := d.negotiate(export); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("negotiate export %q: %w", export, err)

@@ -171,7 +171,7 @@ func secureClients(t *testing.T, certs, tcp, socket, plain string) {
 func TestSocketActivation(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, options{nodes: []string{"alpha"}, stopped: true, nbd: func(n *node) string {
-		return fmt.Sprintf("  listen: [\"unix://%s\", {address: \"fd://backup\", read_only: true}]\n", n.nbdSock)
+		return fmt.Sprintf("  listen: [\"unix://%s\", {address: \"fd://backup\", read_only: true}]\n  handshake_timeout: 2m\n", n.nbdSock)
 	}})
 	n := c.nodes[0]
 	unix, err := net.Listen("unix", n.nbdSock)
@@ -244,10 +244,20 @@ func TestSocketActivation(t *testing.T) {
 	if _, err := os.Stat(n.nbdSock); err != nil {
 		t.Errorf("the daemon removed systemd's socket file: %v", err)
 	}
-	conn = early()
-	defer conn.Close()
+	// A client that comes back at once waits until the node knows the volume
+	// again, and is not told that there is none.
+	back := make(chan error, 1)
+	go func() {
+		d, err := dialAddr("tcp", n.nbdTCP, "db")
+		if err == nil {
+			d.close()
+		}
+		back <- err
+	}()
 	n.start()
-	greeted(conn)
+	if err := <-back; err != nil {
+		t.Errorf("a client that connects before the node is up: %v", err)
+	}
 }
 
 // TestClaims has many clients that claim 32 MiB each and send nothing, and

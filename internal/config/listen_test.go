@@ -45,21 +45,21 @@ func TestListenersWithOptions(t *testing.T) {
 
 func TestListenerErrors(t *testing.T) {
 	for section, want := range map[string]string{
-		"  listen: [{read_only: true}]\n":                                       `FILE:9: nbd.listen[0]: has no address; write it as {address: "unix:///run/blockstep/nbd.sock", mode: "0660"}; allowed here: address, allow, group, max_connections, mode, read_only, tls`,
-		"  listen: [{address: \"tcp://:1\", readonly: true}]\n":                 `FILE:9: nbd.listen[0].readonly: unknown key; did you mean "read_only"? allowed here: address, allow, group, max_connections, mode, read_only, tls`,
-		"  listen: [{address: \"tcp://:1\", mode: \"0600\"}]\n":                 `FILE:9: nbd.listen[0].mode: is for unix sockets, and this listener is none; remove it; tcp has tls and the firewall, and a socket of systemd's has SocketMode= and SocketGroup= in its unit`,
-		"  listen: [{address: \"unix:///a\", mode: \"0999\"}]\n":                `FILE:9: nbd.listen[0].mode: "0999" is not a file mode; allowed are octal modes, for example 0660`,
-		"  listen: [{address: \"tcp://:1\", max_connections: 0}]\n":             `FILE:9: nbd.listen[0].max_connections: "0" is not a number in range; allowed are 1 to 65536`,
-		"  listen: [{address: \"tcp://:1\", tls: yes}]\n":                       `FILE:9: nbd.listen[0].tls: "yes" is not known; allowed are off, offered, required`,
-		"  listen: [\"unix:///a\", {address: \"tcp://:1\", tls: required}]\n":   `FILE:9: nbd.listen: entry 1, tcp://:1, has tls: required, and there is no certificate; set nbd.tls.cert and nbd.tls.key to PEM files, or remove it`,
-		"  listen: [{address: \"tcp://:1\", read_only: maybe}]\n":               `FILE:9: nbd.listen[0].read_only: "maybe" is neither true nor false; allowed are true and false`,
-		"  listen: [{address: \"tcp://:1\", allow: [\"[\"]}]\n":                 `FILE:9: nbd.listen[0].allow: "[" is neither an export's name nor a pattern; write it like [db, "db@*", web]; * stands for any characters, ? for one`,
-		"  listen: [{address: \"tcp://:1\", allow: []}]\n":                      `FILE:9: nbd.listen[0].allow: is not a list of export names; write it like [db, "db@*", web]; leave it out to allow all`,
-		"  listen: [\"fd://\"]\n":                                               `FILE:9: nbd.listen[0]: "fd://" names no socket; write fd://NAME with the FileDescriptorName= of systemd's socket unit`,
-		"  listen: [\"fd://a\", \"fd://a\"]\n":                                  `FILE:9: nbd.listen: a is used by nbd.listen already; give each its own address`,
-		"  listen: [\"tcp://:1\"]\n  stall_timeout: 1ms\n":                      `FILE:10: nbd.stall_timeout: 1ms is out of range; allowed are 1s to 24h0m0s, written like 300ms, 2s or 1m30s`,
-		"  listen: [\"tcp://:1\"]\nmemory: {nbd_connection: 1GiB}\n":            `FILE:10: memory.nbd_connection: 1GiB is more than memory.nbd, 128MiB; lower it, or raise memory.nbd`,
-		"  listen: {address: \"tcp://:1\"}\n":                                   `FILE:9: nbd.listen: is not a list of addresses; write it like ["unix:///run/blockstep/nbd.sock", "tcp://127.0.0.1:10809"]`,
+		"  listen: [{read_only: true}]\n":                                     `FILE:9: nbd.listen[0]: has no address; write it as {address: "unix:///run/blockstep/nbd.sock", mode: "0660"}; allowed here: address, allow, group, max_connections, mode, read_only, tls`,
+		"  listen: [{address: \"tcp://:1\", readonly: true}]\n":               `FILE:9: nbd.listen[0].readonly: unknown key; did you mean "read_only"? allowed here: address, allow, group, max_connections, mode, read_only, tls`,
+		"  listen: [{address: \"tcp://:1\", mode: \"0600\"}]\n":               `FILE:9: nbd.listen[0].mode: is for unix sockets, and this listener is none; remove it; tcp has tls and the firewall, and a socket of systemd's has SocketMode= and SocketGroup= in its unit`,
+		"  listen: [{address: \"unix:///a\", mode: \"0999\"}]\n":              `FILE:9: nbd.listen[0].mode: "0999" is not a file mode; allowed are octal modes, for example 0660`,
+		"  listen: [{address: \"tcp://:1\", max_connections: 0}]\n":           `FILE:9: nbd.listen[0].max_connections: "0" is not a number in range; allowed are 1 to 65536`,
+		"  listen: [{address: \"tcp://:1\", tls: yes}]\n":                     `FILE:9: nbd.listen[0].tls: "yes" is not known; allowed are off, offered, required`,
+		"  listen: [\"unix:///a\", {address: \"tcp://:1\", tls: required}]\n": `FILE:9: nbd.listen: entry 1, tcp://:1, has tls: required, and there is no certificate; set nbd.tls.cert and nbd.tls.key to PEM files, or remove it`,
+		"  listen: [{address: \"tcp://:1\", read_only: maybe}]\n":             `FILE:9: nbd.listen[0].read_only: "maybe" is neither true nor false; allowed are true and false`,
+		"  listen: [{address: \"tcp://:1\", allow: [\"[\"]}]\n":               `FILE:9: nbd.listen[0].allow: "[" is neither an export's name nor a pattern; write it like [db, "db@*", web]; * stands for any characters, ? for one`,
+		"  listen: [{address: \"tcp://:1\", allow: []}]\n":                    `FILE:9: nbd.listen[0].allow: is not a list of export names; write it like [db, "db@*", web]; leave it out to allow all`,
+		"  listen: [\"fd://\"]\n":                                             `FILE:9: nbd.listen[0]: "fd://" names no socket; write fd://NAME with the FileDescriptorName= of systemd's socket unit`,
+		"  listen: [\"fd://a\", \"fd://a\"]\n":                                `FILE:9: nbd.listen: a is used by nbd.listen already; give each its own address`,
+		"  listen: [\"tcp://:1\"]\n  stall_timeout: 1ms\n":                    `FILE:10: nbd.stall_timeout: 1ms is out of range; allowed are 1s to 24h0m0s, written like 300ms, 2s or 1m30s`,
+		"  listen: [\"tcp://:1\"]\nmemory: {nbd_connection: 1GiB}\n":          `FILE:10: memory.nbd_connection: 1GiB is more than memory.nbd, 128MiB; lower it, or raise memory.nbd`,
+		"  listen: {address: \"tcp://:1\"}\n":                                 `FILE:9: nbd.listen: is not a list of addresses; write it like ["unix:///run/blockstep/nbd.sock", "tcp://127.0.0.1:10809"]`,
 	} {
 		file := write(t, withNBD(section))
 		_, err := Load(file, nil)

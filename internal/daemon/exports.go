@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/raft/state"
 	"github.com/blockstep/blockstep/replication"
 	"github.com/blockstep/blockstep/replication/bitmap"
 )
@@ -16,6 +18,8 @@ import (
 const (
 	exportBlockMin  = 1 // a log entry has any extent
 	exportBlockBest = 4096
+	// exportPause is how often it is looked whether an export is there meanwhile.
+	exportPause = 10 * time.Millisecond
 )
 
 // exports shows the volumes to the NBD server: VOLUME on every node, and
@@ -37,56 +41,106 @@ func (e exports) List() []string {
 	return names
 }
 
-// find splits an export's name and finds its volume. at is "" for the volume
-// itself.
-func (e exports) find(name string) (v *volume, at ident.Node, info nbd.Info, err error) {
+// wait bounds how long a client waits for a node that has just started: half of
+// what its handshake may take, so that there is time for the answer.
+func (e exports) wait(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, e.d.cfg.NBD.HandshakeTimeout/2)
+}
+
+// target is what an export's name stands for.
+type target struct {
+	volume *state.Volume
+	at     ident.Node // "": the volume itself; else the replica there
+	info   nbd.Info
+}
+
+// find looks an export's name up in the cluster state.
+func (e exports) find(name string) (target, error) {
 	base, node, replica := strings.Cut(name, "@")
 	sv := e.d.state().Volume(base)
-	if sv == nil {
-		return nil, "", nbd.Info{}, fmt.Errorf("volume %q: %w", base, nbd.ErrNoExport)
+	switch {
+	case name == "":
+		return target{}, fmt.Errorf("there is no default export, name a volume: %w", nbd.ErrNoExport)
+	case sv == nil:
+		return target{}, fmt.Errorf("volume %q: %w", base, nbd.ErrNoExport)
+	case replica && sv.Replica(ident.Node(node)) == nil:
+		var on []string
+		for _, r := range sv.Replicas {
+			on = append(on, string(r.Node))
+		}
+		return target{}, fmt.Errorf("volume %q has no replica on %q, only on %s: %w", base, node, strings.Join(on, ", "), nbd.ErrNoExport)
 	}
-	if replica && sv.Replica(ident.Node(node)) == nil {
-		return nil, "", nbd.Info{}, fmt.Errorf("volume %q has no replica on %q: %w", base, node, nbd.ErrNoExport)
-	}
-	if v = e.d.volume(sv.ID); v == nil {
-		return nil, "", nbd.Info{}, fmt.Errorf("volume %q is not open on this node yet: try again: %w", base, nbd.ErrNoExport)
-	}
-	info = nbd.Info{
+	t := target{volume: sv, at: ident.Node(node), info: nbd.Info{
 		Size: sv.Size, Description: "blockstep volume " + base, MultiConn: true,
 		BlockMin: exportBlockMin, BlockBest: exportBlockBest, BlockMax: nbd.PayloadMax,
-	}
+	}}
 	if !replica {
-		info.MetaContexts = []string{dirtyContext}
+		t.info.MetaContexts = []string{dirtyContext}
 	} else {
-		info.ReadOnly = true
-		info.Description = "committed content of the replica of " + base + " on " + node
+		t.info.ReadOnly = true
+		t.info.Description = "committed content of the replica of " + base + " on " + node
 	}
-	return v, ident.Node(node), info, nil
+	return t, nil
+}
+
+// await is find for a daemon that may have just started: a name that is not
+// known waits until this node has heard the cluster's state, so that a client
+// that comes back at once is not told that its volume is gone.
+func (e exports) await(ctx context.Context, name string) (target, error) {
+	for {
+		current := e.d.isCurrent()
+		t, err := e.find(name)
+		if err == nil || current || !pause(ctx, exportPause) {
+			return t, err
+		}
+	}
 }
 
 // Lookup implements nbd.Exports.
-func (e exports) Lookup(_ context.Context, name string) (nbd.Info, error) {
-	_, _, info, err := e.find(name)
-	return info, err
+func (e exports) Lookup(ctx context.Context, name string) (nbd.Info, error) {
+	ctx, cancel := e.wait(ctx)
+	defer cancel()
+	t, err := e.await(ctx, name)
+	return t.info, err
 }
 
-// Open implements nbd.Exports.
+// Open implements nbd.Exports. It waits for a volume that is not open on this
+// node yet.
 func (e exports) Open(ctx context.Context, name string, c nbd.Client) (nbd.Session, error) {
-	v, at, info, err := e.find(name)
+	wait, cancel := e.wait(ctx)
+	defer cancel()
+	t, err := e.await(wait, name)
 	if err != nil {
 		return nil, err
 	}
 	client := replication.Client{Remote: c.Remote, Local: c.Local, Gone: c.Gone, Kill: c.Kill}
-	var s *replication.Session
-	if at == "" {
-		s, err = v.driver.OpenSession(ctx, client)
-	} else {
-		s, err = v.driver.OpenReplicaSession(ctx, at, client)
+	for {
+		s, err := e.open(ctx, t, client)
+		switch {
+		case err == nil:
+			return &session{d: e.d, vol: t.volume.ID, s: s, info: t.info}, nil
+		case !errors.Is(err, errNotOpen) && !errors.Is(err, replication.ErrClosed), !pause(wait, exportPause):
+			return nil, fmt.Errorf("opening %s: %w", name, err)
+		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("opening %s: %w", name, err)
+}
+
+// errNotOpen is returned for a volume that the cluster has and this node has not
+// opened yet, or cannot open.
+var errNotOpen = errors.New("it is not open on this node: try again, or see blockstep status")
+
+func (e exports) open(ctx context.Context, t target, client replication.Client) (*replication.Session, error) {
+	v := e.d.volume(t.volume.ID)
+	if v == nil {
+		if problem := e.d.problemOf(t.volume.ID); problem != nil {
+			return nil, fmt.Errorf("%w: %w", errNotOpen, problem)
+		}
+		return nil, errNotOpen
 	}
-	return &session{d: e.d, vol: v.id, s: s, info: info}, nil
+	if t.at == "" {
+		return v.driver.OpenSession(ctx, client)
+	}
+	return v.driver.OpenReplicaSession(ctx, t.at, client)
 }
 
 // session shows a replication.Session as an nbd.Session.
