@@ -40,18 +40,14 @@ func (c *cluster) replicaBytes(volume string, n *node) []byte {
 	return b
 }
 
-// replicasEqual compares every replica byte by byte. Nobody may be writing. A
-// secondary learns what is committed a heartbeat late, so it gets a moment.
+// replicasEqual compares every replica byte by byte. Nobody may be writing:
+// what was answered is at every replica that is in sync, at once.
 func (c *cluster) replicasEqual(volume string) {
 	c.t.Helper()
-	var diff string
-	for range 40 {
-		if diff = c.compareReplicas(volume); diff == "" {
-			return
-		}
-		time.Sleep(100 * time.Millisecond)
+	c.waitHealthy(volume)
+	if diff := c.compareReplicas(volume); diff != "" {
+		c.t.Errorf("broke I6, replicas reach the same bytes: %s", diff)
 	}
-	c.t.Errorf("broke I6, replicas reach the same bytes: %s", diff)
 }
 
 func (c *cluster) compareReplicas(volume string) string {

@@ -183,6 +183,16 @@ func (v *Volume) Pause(ctx context.Context, d time.Duration) error {
 	return v.rep().call(ctx, func(now core.Instant) { v.rep().core.Pause(now, now+core.Instant(d)) })
 }
 
+// Committed returns up to where this node's replica knows the log to be
+// committed; 0 without a replica. At the primary that covers every write that
+// was answered.
+func (v *Volume) Committed() ident.Seq {
+	if rp := v.rep(); rp != nil {
+		return rp.gate.load().Commit
+	}
+	return 0
+}
+
 // ReadReplica reads the committed content of this node's replica, as VOLUME@NODE
 // shows it, and returns a position that the content is not older than. It waits
 // for the disk.

@@ -140,6 +140,7 @@ func (e exports) open(ctx context.Context, t target, client replication.Client) 
 	if t.at == "" {
 		return v.driver.OpenSession(ctx, client)
 	}
+	e.d.level(ctx, t.volume, t.at)
 	return v.driver.OpenReplicaSession(ctx, t.at, client)
 }
 
