@@ -225,6 +225,7 @@ func TestVerify(t *testing.T) {
 		c.replicasEqual("db")
 	}
 	b := make([]byte, 256<<10)
+	d.deadline(time.Now().Add(time.Minute)) // the one of before may be over
 	if err := d.read(b, 20<<20); err != nil {
 		t.Fatal(err)
 	}

@@ -16,8 +16,15 @@ const (
 	// SizeMax is the largest volume that a bitmap covers: block numbers have 32
 	// bits. No volume is made larger; what lies beyond is not marked.
 	SizeMax = 1 << 32 * BlockSize
-	// BytesMax bounds an encoded bitmap: every second block of 1 TiB takes 32 MiB.
+	// BytesMax bounds what Unmarshal takes.
 	BytesMax = 64 << 20
+	// MarshalMax is what Marshal makes at the most, in bytes. Every second block
+	// of 1 TiB would take 32 MiB: beyond the limit the encoding has a coarser
+	// grain, and so some blocks more.
+	MarshalMax = 16 << 20
+	// coarsest is the coarsest grain, in blocks (4 MiB): the largest volume
+	// (16 TiB) fits into MarshalMax at it, whatever its pattern.
+	coarsest = 1024
 )
 
 // ErrCorrupt is returned when bytes are not an encoded bitmap.
@@ -113,14 +120,54 @@ func (b *Bitmap) Blocks() uint64 { return b.r.GetCardinality() }
 // Bytes returns the bytes of volume that the set covers.
 func (b *Bitmap) Bytes() int64 { return int64(b.r.GetCardinality() * BlockSize) }
 
-// Marshal returns the encoding: roaring's portable format.
-func (b *Bitmap) Marshal() ([]byte, error) {
+// Marshal returns the encoding, roaring's portable format, of at most MarshalMax
+// bytes. What it is decoded to has every block of b, and, if b takes more than
+// that, some more.
+func (b *Bitmap) Marshal() ([]byte, error) { return b.marshal(MarshalMax) }
+
+func (b *Bitmap) marshal(limit uint64) ([]byte, error) {
 	b.r.RunOptimize()
-	p, err := b.r.ToBytes()
+	r := b.r
+	for grain := uint64(16); r.GetSerializedSizeInBytes() > limit && grain <= coarsest; grain *= 4 {
+		r = coarser(b.r, grain)
+	}
+	p, err := r.ToBytes()
 	if err != nil {
 		return nil, fmt.Errorf("bitmap: encode: %w", err)
 	}
 	return p, nil
+}
+
+// window is the number of blocks (16 GiB) of which coarser makes the result at a
+// time, as plain bits: a roaring bitmap takes a range into a container of many
+// runs only by copying all of them.
+const window = 1 << 22
+
+// coarser returns the groups of grain blocks of which any is in r. A window is a
+// whole number of groups.
+func coarser(r *roaring.Bitmap, grain uint64) *roaring.Bitmap {
+	out := roaring.New()
+	dense := make([]uint64, window/64)
+	it := r.Iterator()
+	for it.HasNext() {
+		base := uint64(it.PeekNext()) / window * window
+		clear(dense)
+		for it.HasNext() && uint64(it.PeekNext()) < base+window {
+			first := uint64(it.PeekNext()) / grain * grain
+			for at := first; at < first+grain; at += 16 {
+				dense[(at-base)/64] |= 0xffff << (at % 64) // a grain is a multiple of 16
+			}
+			if first+grain > 1<<32-1 {
+				it = roaring.New().Iterator()
+				break
+			}
+			it.AdvanceIfNeeded(uint32(first + grain))
+		}
+		part := roaring.FromDense(dense, true)
+		part.RunOptimize()
+		out.Or(roaring.AddOffset64(part, int64(base)))
+	}
+	return out
 }
 
 // Unmarshal decodes what Marshal made. It never panics, whatever the bytes.

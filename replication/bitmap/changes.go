@@ -119,19 +119,37 @@ func cmpAfter(s segment, seq uint64) int { return cmp.Compare(s.after, seq) }
 // Segments returns how many segments there are, for tests and metrics.
 func (c *Changes) Segments() int { return len(c.segs) }
 
-// Marshal encodes the record.
+// Marshal encodes the record in at most MarshalMax bytes and a little. If it
+// takes more, the segments that are the oldest are merged in the encoding: what it
+// is decoded to may say of more blocks that they changed.
 //
 //	u32 segments { u64 after, u32 n, n bytes of bitmap } u32 pins { u16 n, n bytes of name, u64 seq }
-func (c *Changes) Marshal() ([]byte, error) {
-	p := binary.LittleEndian.AppendUint32(nil, uint32(len(c.segs)))
-	for _, s := range c.segs {
-		bits, err := s.bits.Marshal()
-		if err != nil {
-			return nil, err
+func (c *Changes) Marshal() ([]byte, error) { return c.marshal(MarshalMax) }
+
+func (c *Changes) marshal(limit int) ([]byte, error) {
+	segs := c.segs
+	var bits [][]byte
+	for {
+		total := 0
+		bits = bits[:0]
+		for _, s := range segs {
+			p, err := s.bits.marshal(uint64(limit))
+			if err != nil {
+				return nil, err
+			}
+			total += len(p) + segmentOverhead
+			bits = append(bits, p)
 		}
+		if total <= limit || len(segs) == 1 {
+			break
+		}
+		segs = halved(segs)
+	}
+	p := binary.LittleEndian.AppendUint32(nil, uint32(len(segs)))
+	for i, s := range segs {
 		p = binary.LittleEndian.AppendUint64(p, s.after)
-		p = binary.LittleEndian.AppendUint32(p, uint32(len(bits)))
-		p = append(p, bits...)
+		p = binary.LittleEndian.AppendUint32(p, uint32(len(bits[i])))
+		p = append(p, bits[i]...)
 	}
 	p = binary.LittleEndian.AppendUint32(p, uint32(len(c.pins)))
 	names := make([]string, 0, len(c.pins))
@@ -145,6 +163,21 @@ func (c *Changes) Marshal() ([]byte, error) {
 		p = binary.LittleEndian.AppendUint64(p, c.pins[n])
 	}
 	return p, nil
+}
+
+// segmentOverhead is what an encoded segment takes beside its bitmap, in bytes.
+const segmentOverhead = 12
+
+// halved returns the segments with the older half of them, at the least two, as
+// one. The given ones stay as they are.
+func halved(segs []segment) []segment {
+	n := max(len(segs)/2, 2)
+	first := segment{after: segs[0].after, bits: New()}
+	for _, s := range segs[:n] {
+		first.bits.Union(s.bits)
+		first.bytes += s.bytes
+	}
+	return append([]segment{first}, segs[n:]...)
 }
 
 // UnmarshalChanges decodes what Marshal made.

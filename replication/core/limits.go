@@ -39,7 +39,7 @@ const (
 	// busyFor is how long after a client's request the clients count as busy, in ns.
 	busyFor = 50e6
 	// resyncDirtyMax bounds an encoded ResyncData, in bytes.
-	resyncDirtyMax = 32 << 20
+	resyncDirtyMax = 40 << 20
 	// entryOverhead is what an entry costs in the log beside its payload, in bytes.
 	entryOverhead = 96
 )
