@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -282,4 +284,74 @@ func TestADiskThatIsFull(t *testing.T) {
 		beta.healthy("db")
 	}
 	beta.same("alpha", "beta", "gamma")
+}
+
+// TestACorruptLog: a byte of the log flips below the durable position while the
+// process is down. That is no torn tail: the replica fails itself rather than
+// forget what it has acknowledged, says so, and one command heals.
+func TestACorruptLog(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	beta, gamma := nodes["beta"], nodes["gamma"]
+	d := gamma.daemon.Load()
+	driver := d.volume(d.state().Volume("db").ID).driver
+	if err := driver.Checkpoint(t.Context()); err != nil { // what follows is in the log alone for some seconds
+		t.Fatal(err)
+	}
+	c := beta.open("db")
+	mark := bytes.Repeat([]byte("this was acknowledged "), 3000)
+	for i := range uint64(8) {
+		if err := errors.Join(c.WriteAt(t.Context(), mark, i*65536), c.Flush(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := nodes["alpha"].daemon.Load()
+	last := p.volume(p.state().Volume("db").ID).driver.Status().Core.Last
+	gamma.eventually(20*time.Second, "it has all of it durable", func(context.Context) error {
+		if at := driver.Status().Core.Durable; at < last.Seq {
+			return fmt.Errorf("%d of %v", at, last)
+		}
+		return nil
+	})
+	driver.Kill() // as kill -9 would
+	gamma.halt()
+	if n := flipFirst(t, filepath.Join(d.replicaDir(d.state().Volume("db").ID), "log"), mark); n == 0 {
+		t.Fatal("the write is not in the log")
+	}
+	gamma.start()
+	beta.sees("gamma", control.Failed, "corrupt")
+	beta.hasEvent("replica-failed", "corrupt")
+	if err := c.WriteAt(t.Context(), []byte("goes on"), 0); err != nil {
+		t.Error(err)
+	}
+	if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "gamma"}); err != nil {
+		t.Fatal(err)
+	}
+	beta.healthy("db")
+	beta.same("alpha", "beta", "gamma")
+}
+
+// flipFirst flips a bit in the first place of the files in dir where the bytes
+// are, and returns how many places there are.
+func flipFirst(t *testing.T, dir string, want []byte) (n int) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := bytes.Index(b, want)
+		if at >= 0 && n == 0 {
+			b[at+len(want)/2] ^= 4
+			if err := os.WriteFile(name, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n += bytes.Count(b, want)
+	}
+	return n
 }
