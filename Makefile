@@ -24,7 +24,7 @@ TIME     ?= 10m
 ARGS     ?=
 RUN      ?= .
 
-.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel check clean units deb
+.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel check clean man units deb
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -111,6 +111,9 @@ check: vet lint unit ## before a commit: vet, linters, unit tests
 
 clean:
 	rm -rf $(BIN)
+
+man: build ## manual pages in build/man, made from the commands
+	$(BIN)/blockstep man --dir build/man
 
 units: ## systemd-analyze verify on all units, and the daemon's security score
 	systemd/check.sh

@@ -323,6 +323,10 @@ func (n *Node) Leader() (name ident.Node, address string) {
 	return nodeOf(string(id)), address
 }
 
+// Term is hashicorp/raft's current term at this node: it rises with each
+// election of a leader of the cluster state.
+func (n *Node) Term() uint64 { return n.raft.CurrentTerm() }
+
 // IsLeader reports whether this node is the Raft leader.
 func (n *Node) IsLeader() bool { return n.raft.State() == hraft.Leader }
 

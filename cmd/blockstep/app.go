@@ -41,6 +41,7 @@ type app struct {
 	config   string
 	admin    string
 	json     bool
+	terminal func(...any) bool // whether a person sits there
 }
 
 // runError marks an error of a verb that ran; every other error is one of usage.
@@ -51,11 +52,15 @@ func (e *runError) Unwrap() error { return e.err }
 
 // run is main without the process: it returns the exit code.
 func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer) int {
-	a := &app{in: in, out: out, err: errOut}
+	return (&app{in: in, out: out, err: errOut, terminal: isTerminal}).main(ctx, args)
+}
+
+func (a *app) main(ctx context.Context, args []string) int {
+	errOut := a.err
 	root := a.root()
 	root.SetArgs(args)
-	root.SetIn(in)
-	root.SetOut(out)
+	root.SetIn(a.in)
+	root.SetOut(a.out)
 	root.SetErr(errOut)
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
@@ -122,13 +127,20 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		a.statusCmd(), a.eventsCmd(), a.volumeCmd(), a.nodeCmd(), a.waitCmd(),
 		a.switchoverCmd(), a.failoverCmd(), a.verifyCmd(), a.invalidateCmd(),
 		a.attachCmd(), a.detachCmd(), a.attachmentsCmd(), a.followCmd(),
-		a.demoCmd(), a.demoNodeCmd(), a.versionCmd(),
+		a.demoCmd(), a.demoNodeCmd(), a.versionCmd(), a.manCmd(root), a.reloadCmd(),
 	)
 	// "volume list" and its sisters, also without the word.
 	for _, short := range []*cobra.Command{a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd()} {
 		short.Hidden = true
 		root.AddCommand(short)
 	}
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		if c.Name() == "completion" {
+			group(c)
+		}
+	}
+	a.addCompletion(root)
 	return root
 }
 
@@ -163,13 +175,25 @@ func (a *app) verb(f func(ctx context.Context, args []string) error) func(*cobra
 }
 
 // ask makes the RunE of a verb that speaks to the daemon within limit (0: none).
-func (a *app) ask(limit time.Duration, f func(ctx context.Context, c *control.Client, args []string) error) func(*cobra.Command, []string) error {
+func (a *app) ask(limit time.Duration, f talk) func(*cobra.Command, []string) error {
+	return a.askAfter(limit, func(context.Context, *control.Client, []string) error { return nil }, f)
+}
+
+// talk is what a verb does with the daemon.
+type talk = func(ctx context.Context, c *control.Client, args []string) error
+
+// askAfter is ask with something before it that may take as long as a person
+// takes.
+func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command, []string) error {
 	return a.verb(func(ctx context.Context, args []string) error {
 		c, err := a.dial()
 		if err != nil {
 			return err
 		}
 		defer c.Close()
+		if err := before(ctx, c, args); err != nil {
+			return err
+		}
 		if limit > 0 {
 			var cancel context.CancelFunc
 			ctx, cancel = context.WithTimeout(ctx, limit)

@@ -64,7 +64,10 @@ func (a *app) demoNodeCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return daemon.Run(ctx, cfg, slog.New(slog.NewTextHandler(a.err, nil)))
+			level := new(slog.LevelVar)
+			return daemon.Run(ctx, cfg, slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level})), daemon.Hooks{
+				Level: level, Load: func() (*config.Config, error) { return config.Load(a.config, nil) },
+			})
 		}),
 	}
 }

@@ -30,6 +30,7 @@ func (a *app) switchoverCmd() *cobra.Command {
 
 func (a *app) failoverCmd() *cobra.Command {
 	var r control.Failover
+	var yes bool
 	cmd := &cobra.Command{
 		Use: "failover VOLUME", Short: "Name a new primary because the old one is gone", Args: cobra.ExactArgs(1),
 		Long: `Names a new primary when automatic failover is off or cannot decide. It keeps to
@@ -44,10 +45,16 @@ cannot be reached is not stopped by it: make sure that it is off.`,
 	f.StringVar(&r.To, "to", "", "node that becomes primary (default: the best replica)")
 	f.BoolVar(&r.Force, "force", false, "go on with too few replicas; needs --accept-data-loss")
 	f.BoolVar(&r.AcceptDataLoss, "accept-data-loss", false, "with --force: writes may be gone")
-	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+	f.BoolVar(&yes, "yes", false, yesHelp)
+	sure := func(ctx context.Context, c *control.Client, args []string) error {
 		if r.Force != r.AcceptDataLoss {
 			return control.Errorf(control.CodeUsage, "give both, or neither", "--force and --accept-data-loss go together")
 		}
+		return a.confirm(yes || !r.Force, args[0], func() string {
+			return aboutVolume(ctx, c, args[0]) + "\nWrites that only the replicas out of reach hold will be gone, and every NBD session ends with an\nerror. A primary that still runs out of reach is not stopped: make sure that it is off."
+		})
+	}
+	cmd.RunE = a.askAfter(changeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
 		res, err := c.Failover(ctx, args[0], r)
 		if err != nil {
 			return err
@@ -64,13 +71,20 @@ cannot be reached is not stopped by it: make sure that it is off.`,
 
 func (a *app) invalidateCmd() *cobra.Command {
 	var r control.Invalidate
+	var yes bool
 	cmd := &cobra.Command{
 		Use: "invalidate VOLUME --node NODE", Short: "Resync one replica anew", Args: cobra.ExactArgs(1),
 		Long: "Throws one replica's content away and copies it anew from the others.",
 	}
 	cmd.Flags().StringVar(&r.Node, "node", "", "node whose replica is resynced (required)")
+	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	_ = cmd.MarkFlagRequired("node") // it is defined above
-	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+	sure := func(ctx context.Context, c *control.Client, args []string) error {
+		return a.confirm(yes, args[0], func() string {
+			return aboutVolume(ctx, c, args[0]) + "\nThe replica on " + r.Node + " is thrown away and copied whole from the others; until then there is one good replica less."
+		})
+	}
+	cmd.RunE = a.askAfter(changeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
 		if err := c.Invalidate(ctx, args[0], r); err != nil {
 			return err
 		}

@@ -15,9 +15,12 @@ func (a *app) nodeCmd() *cobra.Command {
 	cmd := group(&cobra.Command{Use: "node", Short: "List and change the members of the cluster"})
 	cmd.AddCommand(
 		a.nodeListCmd(), a.nodeAddCmd(),
-		a.nodeChangeCmd("remove", "Remove a member that has no replica any more", "is removed"),
-		a.nodeChangeCmd("replace", "Accept a member's empty data directory: it votes anew and its replicas are synced whole", "may join anew"),
-		a.nodeChangeCmd("drain", "Move primaries and then replicas away from a member", "is drained"),
+		a.nodeChangeCmd("remove", "Remove a member that has no replica any more",
+			"Ends a member's membership: its daemon is told, says so in its log and stops, and\nits data directory is never used again. Refused while it holds a replica (drain it\nfirst), and where the members that are left would have no quorum.", "is removed"),
+		a.nodeChangeCmd("replace", "Accept a member's empty data directory: it votes anew and its replicas are synced whole",
+			"For a member whose disk or machine was lost: start blockstepd there with an empty\ndata directory, then run this on another node. What the old one promised is\nforgotten with its id; its replicas are copied whole from the others.", "may join anew"),
+		a.nodeChangeCmd("drain", "Move primaries and then replicas away from a member",
+			"Moves the primaries away, then gives each volume a replica on another node before\nthe one here goes. It takes as long as copying does; cut off, it goes on when it is\nrun again.", "is drained"),
 	)
 	return cmd
 }
@@ -80,18 +83,26 @@ func (a *app) nodeAddCmd() *cobra.Command {
 // drainTimeout is longer than copying any replica takes.
 const drainTimeout = 7 * 24 * time.Hour
 
-func (a *app) nodeChangeCmd(verb, short, done string) *cobra.Command {
+func (a *app) nodeChangeCmd(verb, short, long, done string) *cobra.Command {
 	limit := changeTimeout
 	if verb == "drain" {
 		limit = drainTimeout
 	}
-	return &cobra.Command{
-		Use: verb + " NAME", Short: short, Args: cobra.ExactArgs(1),
-		RunE: a.ask(limit, func(ctx context.Context, c *control.Client, args []string) error {
-			if err := c.ChangeNode(ctx, args[0], verb); err != nil {
-				return err
-			}
-			return a.print(map[string]string{"node": args[0], "done": verb}, func(w io.Writer) { fmt.Fprintf(w, "node %s %s\n", args[0], done) })
-		}),
+	yes := false
+	cmd := &cobra.Command{Use: verb + " NAME", Short: short, Long: long, Args: cobra.ExactArgs(1)}
+	if verb != "drain" {
+		cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	}
+	sure := func(ctx context.Context, c *control.Client, args []string) error {
+		return a.confirm(yes || verb == "drain", args[0], func() string {
+			return aboutNode(ctx, c, args[0]) + "\nThis ends its membership; its data directory is never used again."
+		})
+	}
+	cmd.RunE = a.askAfter(limit, sure, func(ctx context.Context, c *control.Client, args []string) error {
+		if err := c.ChangeNode(ctx, args[0], verb); err != nil {
+			return err
+		}
+		return a.print(map[string]string{"node": args[0], "done": verb}, func(w io.Writer) { fmt.Fprintf(w, "node %s %s\n", args[0], done) })
+	})
+	return cmd
 }

@@ -59,27 +59,32 @@ suspended (nobody serves: I/O is held and goes on by itself, it does not fail).`
 	return cmd
 }
 
-// watch clears the screen and shows anew until ctx ends. A daemon that is not
-// reachable for a while is shown as such, since that is when one watches.
+// watch shows anew until ctx ends. On a terminal each frame is drawn over the
+// last one, so that nothing flickers; elsewhere frames follow one another. A
+// daemon that is not reachable for a while is shown as such, since that is when
+// one watches.
 func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
+	screen := a.terminal(a.out, a.out)
 	for {
 		var frame bytes.Buffer
 		err := show(&frame)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if !a.json {
-			fmt.Fprint(a.out, "\x1b[H\x1b[2J")
-			fmt.Fprintf(a.out, "%s  (every %v, Ctrl-C ends)\n\n", time.Now().Format(time.TimeOnly), watchEvery)
-			_, _ = a.out.Write(frame.Bytes())
-		}
 		if err != nil {
 			if c := exitCode(&runError{err}); c != exitUnreachable && c != exitTimeout {
 				return err
 			}
-			fmt.Fprintln(a.err, err)
+			if a.json {
+				fmt.Fprintln(a.err, err)
+			}
+			frame.Reset()
+			fmt.Fprintln(&frame, err)
+		}
+		if !a.json {
+			a.draw(frame.String(), screen)
 		}
 		select {
 		case <-ctx.Done():
@@ -89,12 +94,28 @@ func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 	}
 }
 
+// draw writes one frame of a live screen: home, each line cleared to its end,
+// and what an earlier, longer frame left below.
+func (a *app) draw(frame string, screen bool) {
+	head := fmt.Sprintf("%s  (every %v, Ctrl-C ends)", time.Now().Format(time.TimeOnly), watchEvery)
+	text := head + "\n\n" + frame
+	if screen {
+		text = "\x1b[H" + strings.ReplaceAll(text, "\n", "\x1b[K\n") + "\x1b[J"
+	} else {
+		text += "\n"
+	}
+	_, _ = io.WriteString(a.out, text) // out is the terminal: nobody to tell
+}
+
+// clusterTable begins with what an operator must know: what is wrong, why, and
+// what to type. The tables below it are for reading on.
 func clusterTable(w io.Writer, s control.ClusterStatus) {
-	leader := "no Raft leader: the cluster state cannot change, I/O goes on where a primary serves"
+	verdict(w, s)
+	leader := "no Raft leader"
 	if s.Leader != "" {
 		leader = "Raft leader " + s.Leader
 	}
-	fmt.Fprintf(w, "cluster %s, seen from %s: %s\n\n", s.Cluster, s.Node, leader)
+	fmt.Fprintf(w, "\ncluster %s, seen from %s: %s\n\n", s.Cluster, s.Node, leader)
 	nodeTable(w, s.Nodes)
 	fmt.Fprintln(w)
 	if len(s.Volumes) == 0 {
@@ -102,6 +123,51 @@ func clusterTable(w io.Writer, s control.ClusterStatus) {
 		return
 	}
 	volumeTable(w, s.Volumes)
+}
+
+// verdict is the answer to "is anything wrong": suspended volumes first, then
+// the cluster state, then what still serves.
+func verdict(w io.Writer, s control.ClusterStatus) {
+	well := true
+	worst := func(h control.Health) {
+		for _, same := range alike(s.Volumes) {
+			if same.Health == h {
+				reason(w, same)
+				well = false
+			}
+		}
+	}
+	worst(control.Suspended)
+	if !s.Quorum {
+		well = false
+		fmt.Fprintf(w, "there is no Raft leader: nothing can be created, moved or failed over; I/O goes on where a primary serves\n  next: start blockstepd on %s, or check the network between the nodes\n", orDash(down(s.Nodes)))
+	}
+	worst(control.Degraded)
+	if off := down(s.Nodes); off != "" && well {
+		well = false
+		fmt.Fprintf(w, "all volumes are healthy, but not every node is up\n  next: start blockstepd on %s, or check its network\n", off)
+	}
+	if well {
+		fmt.Fprintf(w, "all is well: %s, %s\n", count(len(s.Volumes), "healthy volume"), count(len(s.Nodes), "node")+" up")
+	}
+}
+
+// down lists the nodes that are not reached.
+func down(nodes []control.NodeStatus) string {
+	var out []string
+	for _, n := range nodes {
+		if !n.Up {
+			out = append(out, n.Name)
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
 }
 
 func volumeTable(w io.Writer, vols []control.VolumeStatus) {
@@ -114,10 +180,6 @@ func volumeTable(w io.Writer, vols []control.VolumeStatus) {
 		rows = append(rows, []string{v.Volume, string(v.Health), config.FormatSize(v.Size), orDash(v.Primary), fmt.Sprint(v.Epoch), orDash(v.Position), strings.Join(reps, ", ")})
 	}
 	columns(w, rows...)
-	for _, same := range alike(vols) {
-		fmt.Fprintln(w)
-		reason(w, same)
-	}
 }
 
 // alike puts volumes that are unwell in the same way together: when a node is

@@ -1,15 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
@@ -101,6 +98,10 @@ func (a *app) volumeListCmd() *cobra.Command {
 					return
 				}
 				volumeTable(w, vols)
+				for _, same := range alike(vols) {
+					fmt.Fprintln(w)
+					reason(w, same)
+				}
 			})
 		}),
 	}
@@ -110,48 +111,21 @@ func (a *app) volumeDeleteCmd() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete NAME", Short: "Delete a volume and the content of all its replicas", Args: cobra.ExactArgs(1),
-		Long: "Deletes a volume: its content is gone on every node. On a terminal it wants the\nvolume's name typed, unless --yes is given.",
+		Long: "Deletes a volume: its content is gone on every node. On a terminal it shows what\nthat is and wants the volume's name typed, unless --yes is given. A volume that is\nattached to a kernel device is not deleted.",
 	}
-	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
-	cmd.RunE = a.verb(func(ctx context.Context, args []string) error {
-		if err := a.confirm(yes, args[0], fmt.Sprintf("This deletes volume %s and its content on every node.", args[0])); err != nil {
-			return err
-		}
-		c, err := a.dial()
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		ctx, cancel := context.WithTimeout(ctx, changeTimeout)
-		defer cancel()
+	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
+	sure := func(ctx context.Context, c *control.Client, args []string) error {
+		return a.confirm(yes, args[0], func() string {
+			return aboutVolume(ctx, c, args[0]) + "\nThis deletes it and its content on every node."
+		})
+	}
+	cmd.RunE = a.askAfter(changeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
 		if err := c.DeleteVolume(ctx, args[0]); err != nil {
 			return err
 		}
 		return a.print(map[string]any{"volume": args[0], "deleted": true}, func(w io.Writer) { fmt.Fprintf(w, "volume %s is deleted\n", args[0]) })
 	})
 	return cmd
-}
-
-// confirm wants name typed when a person sits at the terminal.
-func (a *app) confirm(yes bool, name, what string) error {
-	if yes || !isTerminal(a.in) {
-		return nil
-	}
-	fmt.Fprintf(a.err, "%s\nType %s to go on: ", what, name)
-	line, _ := bufio.NewReader(a.in).ReadString('\n')
-	if strings.TrimSpace(line) != name {
-		return control.Errorf(control.CodeRefused, "type its name, or add --yes", "nothing was done")
-	}
-	return nil
-}
-
-func isTerminal(r io.Reader) bool {
-	f, ok := r.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 func (a *app) volumeResizeCmd() *cobra.Command {

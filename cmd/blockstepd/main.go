@@ -39,10 +39,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	fs.Usage = func() {
 		fmt.Fprintf(errOut, "usage: blockstepd [--config FILE] [flags]\n\nRuns one node of a blockstep cluster in the foreground. Each key of the\nconfiguration is also an environment variable BLOCKSTEP_*.\n\n%s", fs.FlagUsages())
 	}
-	file := fs.String("config", config.DefaultFile, "configuration file")
-	check := fs.Bool("check-config", false, "check the configuration and end")
-	version := fs.Bool("version", false, "print the version and end")
-	config.Flags(fs)
+	config.DaemonFlags(fs)
 	switch err := fs.Parse(args); {
 	case errors.Is(err, pflag.ErrHelp):
 		return exitDone
@@ -53,22 +50,31 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		fmt.Fprintf(errOut, "blockstepd: unexpected argument %q; it takes flags only\nhelp: blockstepd --help\n", fs.Arg(0))
 		return exitUsage
 	}
-	if *version {
+	// They are defined, and boolean and string: DaemonFlags.
+	file, _ := fs.GetString("config")
+	check, _ := fs.GetBool("check-config")
+	if version, _ := fs.GetBool("version"); version {
 		fmt.Fprintln(out, "blockstepd", daemon.Version())
 		return exitDone
 	}
-	cfg, err := config.Load(*file, fs)
+	cfg, err := config.Load(file, fs)
 	if err != nil {
 		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
 		return exitUsage
 	}
-	if *check {
-		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", *file, cfg.Node, cfg.Cluster, len(cfg.Nodes))
+	if check {
+		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", file, cfg.Node, cfg.Cluster, len(cfg.Nodes))
 		return exitDone
 	}
+	level := new(slog.LevelVar)
+	level.Set(daemon.LogLevel(cfg))
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	hooks := daemon.Hooks{Level: level, Hangup: hangup, Load: func() (*config.Config, error) { return config.Load(file, fs) }}
 	sockets, err := daemon.Inherited()
 	if err == nil {
-		err = daemon.Run(ctx, cfg, newLogger(cfg.Log, errOut), sockets...)
+		err = daemon.Run(ctx, cfg, newLogger(cfg.Log.Format, level, errOut), hooks, sockets...)
 	}
 	if err != nil {
 		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
@@ -77,10 +83,9 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	return exitDone
 }
 
-func newLogger(l config.Log, w io.Writer) *slog.Logger {
-	level := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}[l.Level]
+func newLogger(format string, level slog.Leveler, w io.Writer) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: level}
-	if l.Format == "json" {
+	if format == "json" {
 		return slog.New(slog.NewJSONHandler(w, opts))
 	}
 	return slog.New(slog.NewTextHandler(w, opts))

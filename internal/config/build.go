@@ -69,6 +69,9 @@ func (l *loader) build() *Config {
 	}
 	c.Node = l.nodeName(c.Nodes)
 	l.checkWhole(c)
+	if len(l.errs) == 0 {
+		c.fill(l)
+	}
 	return c
 }
 

@@ -39,6 +39,8 @@ type Config struct {
 
 	FailoverAuto bool   // replace a dead primary without an operator
 	BootIDFile   string // its content changes with each boot of the machine
+
+	values map[string]string // each key's effective value, for Diff
 }
 
 // Node is one founding member.

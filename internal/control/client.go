@@ -111,11 +111,16 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 
 // lines reads a streamed answer and calls each with a line at a time.
 func (c *Client) lines(ctx context.Context, method, path string, in any, each func(line []byte) error) error {
+	return c.linesOpened(ctx, method, path, in, func() {}, each)
+}
+
+func (c *Client) linesOpened(ctx context.Context, method, path string, in any, opened func(), each func(line []byte) error) error {
 	resp, err := c.open(ctx, method, path, in)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
+	opened()
 	s := bufio.NewScanner(resp.Body)
 	s.Buffer(nil, lineBytesMax)
 	for s.Scan() {
@@ -212,6 +217,19 @@ func (c *Client) Events(ctx context.Context, since string, follow bool, each fun
 	})
 }
 
+// Follow is Events that goes on until ctx ends or the daemon stops, which is no
+// error. open is called when the daemon has taken the request.
+func (c *Client) Follow(ctx context.Context, since string, open func(), each func(Event) error) error {
+	q := url.Values{"since": {since}, "follow": {"true"}}
+	return c.linesOpened(ctx, http.MethodGet, "/v1/events?"+q.Encode(), nil, open, func(line []byte) error {
+		var e Event
+		if err := json.Unmarshal(line, &e); err != nil {
+			return fmt.Errorf("reading an event: %w", err)
+		}
+		return each(e)
+	})
+}
+
 // Nodes asks for the members.
 func (c *Client) Nodes(ctx context.Context) (out []NodeStatus, err error) {
 	return out, c.do(ctx, http.MethodGet, "/v1/nodes", nil, &out)
@@ -225,6 +243,11 @@ func (c *Client) AddNode(ctx context.Context, r AddNode) error {
 // ChangeNode does remove, replace or drain to a member.
 func (c *Client) ChangeNode(ctx context.Context, node, verb string) error {
 	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/"+verb, nil, nil)
+}
+
+// Reload has the daemon read its configuration again.
+func (c *Client) Reload(ctx context.Context) (out Reloaded, err error) {
+	return out, c.do(ctx, http.MethodPost, "/v1/reload", nil, &out)
 }
 
 // Attach connects a volume to a kernel device.

@@ -38,6 +38,9 @@ type Backend interface {
 	ReplaceNode(ctx context.Context, node string) error
 	DrainNode(ctx context.Context, node string) error
 
+	// Reload reads the configuration again and applies what can change live.
+	Reload(ctx context.Context) (Reloaded, error)
+
 	Attach(ctx context.Context, volume string, r Attach) (Attachment, error)
 	Detach(ctx context.Context, volume string) error
 	Attachments(ctx context.Context) ([]Attachment, error)
@@ -98,6 +101,7 @@ func changing(mux *http.ServeMux, b Backend) {
 	post(mux, "POST /v1/volumes/{name}/detach", func(r *http.Request, _ struct{}) (any, error) {
 		return nil, b.Detach(r.Context(), r.PathValue("name"))
 	})
+	post(mux, "POST /v1/reload", func(r *http.Request, _ struct{}) (any, error) { return b.Reload(r.Context()) })
 	post(mux, "POST /v1/nodes", func(r *http.Request, in AddNode) (any, error) { return nil, b.AddNode(r.Context(), in) })
 	for verb, f := range map[string]func(context.Context, string) error{"remove": b.RemoveNode, "replace": b.ReplaceNode, "drain": b.DrainNode} {
 		post(mux, "POST /v1/nodes/{name}/"+verb, func(r *http.Request, _ struct{}) (any, error) {

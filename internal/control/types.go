@@ -174,6 +174,19 @@ type AddNode struct {
 	Witness bool   `json:"witness,omitempty"`
 }
 
+// Reloaded says what a daemon made of its configuration, read again.
+type Reloaded struct {
+	Applied []KeyChange `json:"applied"` // in force now
+	Restart []KeyChange `json:"restart"` // in force after a restart of blockstepd only
+}
+
+// KeyChange is a configuration key with another value than before.
+type KeyChange struct {
+	Key string `json:"key"`
+	Old string `json:"old"`
+	New string `json:"new"`
+}
+
 // Attach asks for a kernel device.
 type Attach struct {
 	Device      string `json:"device,omitempty"` // /dev/nbdN; "": a free one

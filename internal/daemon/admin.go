@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/config"
@@ -187,15 +189,15 @@ func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (cont
 }
 
 func (b backend) createCommand(r control.CreateVolume) (*state.CreateVolume, error) {
-	st := b.d.state()
+	st, defaults := b.d.state(), b.d.live.Load().Volume
 	cmd := &state.CreateVolume{Name: r.Name, ID: newVolumeID(), Size: uint64(r.Size)}
 	cmd.Options = state.Options{
 		Ack: state.AckMode(r.Ack), MinCopies: r.MinCopy,
-		OnNoQuorum: b.d.cfg.Volume.OnNoQuorum, AfterPowerLoss: b.d.cfg.Volume.AfterPowerLoss,
-		ErrorAfterMillis: b.d.cfg.Volume.NoQuorumTimeout.Milliseconds(),
+		OnNoQuorum: defaults.OnNoQuorum, AfterPowerLoss: defaults.AfterPowerLoss,
+		ErrorAfterMillis: defaults.NoQuorumTimeout.Milliseconds(),
 	}
 	if r.Ack == "" {
-		cmd.Options.Ack = state.AckMode(b.d.cfg.Volume.Ack)
+		cmd.Options.Ack = state.AckMode(defaults.Ack)
 	}
 	names := r.Replicas
 	if len(names) == 0 {
@@ -265,11 +267,65 @@ func (b backend) DeleteVolume(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	if err := b.refuseAttached(ctx, sv); err != nil {
+		return err
+	}
 	_, err = b.d.applyWhole(ctx, state.Command{DeleteVolume: &state.DeleteVolume{Volume: sv.ID}})
 	if err == nil {
 		b.d.awaitEverywhere(ctx, sv.ID, func(r volumeReport) bool { return r.View.ID == 0 || r.View.Deleted })
 	}
 	return err
+}
+
+// deviceOf names the kernel device of this node that a volume is attached to;
+// "" when it is attached to none.
+func (d *Daemon) deviceOf(volume string) string {
+	m := d.attached.Load()
+	if m == nil {
+		return ""
+	}
+	for _, r := range m.List() {
+		if r.Volume == volume && r.Index >= 0 {
+			return r.Device()
+		}
+	}
+	return ""
+}
+
+// refuseAttached keeps a volume that is a kernel device somewhere: a mounted
+// filesystem would lose its disk. A node that is down cannot be asked; its
+// device serves nobody.
+func (b backend) refuseAttached(ctx context.Context, sv *state.Volume) error {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	devices := map[ident.Node]string{}
+	for _, n := range b.d.state().NodeNames() {
+		wg.Go(func() {
+			if r := b.d.reportOf(ctx, n, sv.ID); r.Device != "" {
+				mu.Lock()
+				defer mu.Unlock()
+				devices[n] = r.Device
+			}
+		})
+	}
+	wg.Wait()
+	return attachedRefusal(sv.Name, devices)
+}
+
+// attachedRefusal says where a volume is attached, and how to end that; nil when
+// it is attached nowhere.
+func attachedRefusal(volume string, devices map[ident.Node]string) error {
+	if len(devices) == 0 {
+		return nil
+	}
+	var where, on []string
+	for _, n := range slices.Sorted(maps.Keys(devices)) {
+		where = append(where, fmt.Sprintf("%s on %s", devices[n], n))
+		on = append(on, string(n))
+	}
+	return control.Errorf(control.CodeRefused,
+		fmt.Sprintf("unmount it there, run blockstep detach %s on %s, then delete it", volume, strings.Join(on, " and on ")),
+		"volume %s is attached as %s", volume, strings.Join(where, " and as "))
 }
 
 // ResizeVolume implements control.Backend.
@@ -373,65 +429,4 @@ func (b backend) Invalidate(ctx context.Context, name string, r control.Invalida
 		return control.Errorf(control.CodeFailed, "start blockstepd on "+r.Node, "%s cannot be asked: %v", r.Node, err)
 	}
 	return err
-}
-
-// Events implements control.Backend.
-func (b backend) Events(ctx context.Context, since string, follow bool, emit func(control.Event) error) error {
-	at, err := parseCursor(since)
-	if err != nil {
-		return err
-	}
-	clusterNews, stop := b.d.raft.Watch()
-	defer stop()
-	localNews, stopLocal := b.d.local.watch()
-	defer stopLocal()
-	for {
-		if err := b.emitEvents(&at, emit); err != nil {
-			return err
-		}
-		if !follow {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-b.d.ctx.Done():
-			return nil
-		case <-clusterNews:
-		case <-localNews:
-		}
-	}
-}
-
-// emitEvents emits what is after the cursor, in order of time.
-func (b backend) emitEvents(at *eventCursor, emit func(control.Event) error) error {
-	type item struct {
-		control.Event
-		local bool
-		id    uint64
-	}
-	var items []item
-	clusterEvents, gap := b.d.state().EventsSince(at.cluster)
-	if gap && at.cluster > 0 {
-		items = append(items, item{Event: control.Event{Kind: "gap", Text: "older events have been dropped", Time: time.Unix(0, clusterEvents[0].Time)}, id: clusterEvents[0].ID - 1})
-	}
-	for _, e := range clusterEvents {
-		items = append(items, item{Event: control.Event{Time: time.Unix(0, e.Time), Node: string(e.Node), Volume: e.Volume, Kind: e.Name, Text: e.Text}, id: e.ID})
-	}
-	for _, e := range b.d.local.since(at.local) {
-		items = append(items, item{Event: e.Event, local: true, id: e.id})
-	}
-	slices.SortStableFunc(items, func(x, y item) int { return x.Time.Compare(y.Time) })
-	for _, it := range items {
-		if it.local {
-			at.local = max(at.local, it.id)
-		} else {
-			at.cluster = max(at.cluster, it.id)
-		}
-		it.Cursor = at.String()
-		if err := emit(it.Event); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -31,6 +31,7 @@ type testNode struct {
 	file   string // configuration
 	client *control.Client
 	log    *logBuffer
+	level  slog.LevelVar
 	faults *faults
 	daemon atomic.Pointer[Daemon] // the one that runs
 
@@ -136,7 +137,11 @@ func (n *testNode) start() {
 	n.started++
 	cfg := n.config()
 	go func() {
-		n.done <- run(ctx, cfg, slog.New(slog.NewTextHandler(n.log, nil)), n.faults.over(vfs.OS()), func(d *Daemon) { n.daemon.Store(d) })
+		logger := slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: &n.level}))
+		n.done <- run(ctx, cfg, logger, n.faults.over(vfs.OS()), func(d *Daemon) {
+			d.hooks = Hooks{Level: &n.level, Load: func() (*config.Config, error) { return config.Load(n.file, nil) }}
+			n.daemon.Store(d)
+		})
 	}()
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -40,6 +41,9 @@ type Daemon struct {
 	self   ident.Node
 	fs     vfs.FS
 	bootID string
+	live   atomic.Pointer[config.Config] // the configuration as it was read last: only keys that change live are taken from it
+	hooks  Hooks
+	rlmu   sync.Mutex // one reload at a time
 	start  time.Time
 
 	ctx    context.Context // ends when the daemon stops; of everything that wg counts
@@ -56,6 +60,8 @@ type Daemon struct {
 	alive    *replication.AliveClock
 	nbd      *nbd.Server
 	attach   *attach.Manager
+	attached atomic.Pointer[attach.Manager] // attach, for those that may ask before it is open
+	stopping chan struct{}                  // closed when the daemon begins to stop
 	admin    *adminServer
 	metrics  *metricsServer
 	local    *localEvents
@@ -74,27 +80,37 @@ type Daemon struct {
 	problems  map[ident.Volume]error // why a replica of this node is not open
 }
 
+// Hooks are what a daemon needs of its process to change while it runs; all may
+// be left out.
+type Hooks struct {
+	// Load reads the configuration again, with the flags of the start.
+	Load func() (*config.Config, error)
+	// Level is the level of the logger.
+	Level *slog.LevelVar
+	// Hangup receives when the configuration is to be read again.
+	Hangup <-chan os.Signal
+}
+
 // Run runs a node until ctx ends, and stops it cleanly. It returns the error
 // that kept it from starting or from going on. The sockets are those of
 // Inherited.
-func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger, sockets ...Socket) error {
-	return run(ctx, cfg, logger, vfs.OS(), func(d *Daemon) { d.sockets = sockets })
+func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger, hooks Hooks, sockets ...Socket) error {
+	return run(ctx, cfg, logger, vfs.OS(), func(d *Daemon) { d.hooks, d.sockets = hooks, sockets })
 }
 
-// run is Run on a file system; made, when it is not nil, is told of the daemon.
+// run is Run on a file system; made is told of the daemon before it starts.
 func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs.FS, made func(*Daemon)) error {
 	d := &Daemon{
 		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: files, start: time.Now(),
 		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
-		current: make(chan struct{}), retune: make(chan struct{}, 1),
+		current: make(chan struct{}), retune: make(chan struct{}, 1), stopping: make(chan struct{}),
 		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
 	}
 	d.resync.Store(&cfg.Resync)
+	d.live.Store(cfg)
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer d.cancel()
-	if made != nil {
-		made(d)
-	}
+	made(d)
 	if err := d.open(ctx); err != nil {
 		d.close()
 		return err
@@ -142,6 +158,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	if err := d.openAttach(); err != nil {
 		return err
 	}
+	d.attached.Store(d.attach)
 	if err := d.openAdmin(); err != nil {
 		return err
 	}
@@ -149,6 +166,7 @@ func (d *Daemon) open(ctx context.Context) error {
 		return err
 	}
 	d.wg.Go(func() { d.runWatchdog(d.ctx) })
+	d.wg.Go(func() { d.runHangups(d.ctx) })
 	return nil
 }
 
@@ -281,6 +299,7 @@ func (d *Daemon) close() {
 	if d.attach != nil {
 		d.attach.Stop()
 	}
+	close(d.stopping) // who follows the events gets the last ones and goes
 	d.admin.close()
 	d.metrics.close()
 	d.cancel()

@@ -182,12 +182,12 @@ func TestJudge(t *testing.T) {
 }
 
 func TestCursor(t *testing.T) {
-	for _, s := range []string{"", "1.2", "0.0"} {
+	for _, s := range []string{"", "1.2", "0.0", "1.2.0011aaff"} {
 		if _, err := parseCursor(s); err != nil {
 			t.Errorf("%q: %v", s, err)
 		}
 	}
-	for _, s := range []string{"1", "1.", "a.b", "1.2.3", "-1.2", "01.2"} {
+	for _, s := range []string{"1", "1.", "a.b", "1.2.3", "-1.2", "01.2", "1.2.0011AAFF", "1.2.", "99999999999999999999.1"} {
 		if _, err := parseCursor(s); err == nil {
 			t.Errorf("%q is taken for a cursor", s)
 		}

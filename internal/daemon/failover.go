@@ -76,7 +76,7 @@ func (d *Daemon) serveDrain(ctx context.Context, _ ident.Node, c epochCall) (str
 
 // takeReport gives a replica's word to the controller; it is the leader's side.
 func (d *Daemon) takeReport(m reportMsg) {
-	if !d.cfg.FailoverAuto && raft.ReportKind(m.Report.Kind) == raft.ReportLapsed {
+	if !d.live.Load().FailoverAuto && raft.ReportKind(m.Report.Kind) == raft.ReportLapsed {
 		return // an operator decides: blockstep failover
 	}
 	d.failover.Report(m.Volume, m.Node, raft.ReportKind(m.Report.Kind), m.Report.Epoch)

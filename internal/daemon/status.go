@@ -34,6 +34,7 @@ type volumeReport struct {
 	Held    int           `json:"held"`
 	View    state.Volume  `json:"view"` // the cluster state as it sees it
 	Waiting string        `json:"waiting,omitempty"`
+	Device  string        `json:"device,omitempty"` // the kernel device that it is attached to on the node
 	Took    time.Duration `json:"-"`
 }
 
@@ -58,6 +59,7 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 	if d.failover != nil {
 		r.Waiting = d.failover.Waiting(id)
 	}
+	r.Device = d.deviceOf(r.View.Name)
 	v := d.volume(id)
 	if v == nil {
 		return r
@@ -408,7 +410,7 @@ func (d *Daemon) clusterStatus(ctx context.Context) control.ClusterStatus {
 	leader, _ := d.raft.Leader()
 	return control.ClusterStatus{
 		Cluster: d.cfg.Cluster, Node: string(d.self), Version: version.String(),
-		Leader: string(leader), Quorum: leader != "",
+		Leader: string(leader), Term: d.raft.Term(), Quorum: leader != "",
 		Nodes: d.nodeStatuses(ctx), Volumes: d.volumeStatuses(ctx),
 	}
 }

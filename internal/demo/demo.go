@@ -221,7 +221,7 @@ func (n *node) runHere(ctx context.Context) error {
 		return fmt.Errorf("opening the log: %w", err)
 	}
 	defer f.Close()
-	return daemon.Run(ctx, cfg, slog.New(slog.NewTextHandler(f, nil)))
+	return daemon.Run(ctx, cfg, slog.New(slog.NewTextHandler(f, nil)), daemon.Hooks{})
 }
 
 // watch prints the status whenever it has changed.

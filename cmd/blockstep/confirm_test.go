@@ -1,0 +1,68 @@
+package main
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestDestroyingIsConfirmed: a person at a terminal sees what is lost and types
+// the name; a script that follows the contract is never asked.
+func TestDestroyingIsConfirmed(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "a")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var deleted []string
+	h := http.NewServeMux()
+	h.HandleFunc("GET /v1/volumes/{name}", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"volume":"db","size":1073741824,"health":"healthy","primary":"beta","replicas":[{"node":"alpha","state":"InSync","position":"3:9"}]}`))
+	})
+	h.HandleFunc("DELETE /v1/volumes/{name}", func(w http.ResponseWriter, r *http.Request) {
+		deleted = append(deleted, r.PathValue("name"))
+		_, _ = w.Write([]byte(`{}`))
+	})
+	s := &http.Server{Handler: h} //nolint:gosec // of a test
+	go func() {
+		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
+	}()
+	defer s.Close()
+	for _, tc := range []struct {
+		name     string
+		terminal bool
+		typed    string
+		args     []string
+		code     int
+		deletes  bool
+	}{
+		{"a script is not asked", false, "", nil, 0, true},
+		{"a person types the name", true, "db\n", nil, 0, true},
+		{"a person types something else", true, "yes\n", nil, 1, false},
+		{"a person has no answer", true, "", nil, 1, false},
+		{"a person has said so before", true, "", []string{"--yes"}, 0, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			deleted = nil
+			var out, errOut strings.Builder
+			a := &app{in: strings.NewReader(tc.typed), out: &out, err: &errOut, terminal: func(...any) bool { return tc.terminal }}
+			code := a.main(t.Context(), append([]string{"--admin", "unix://" + sock, "volume", "delete", "db"}, tc.args...))
+			if code != tc.code || (len(deleted) == 1) != tc.deletes {
+				t.Errorf("exit code %d, deleted %v: %s", code, deleted, errOut.String())
+			}
+			asked := strings.Contains(errOut.String(), "Type db to go on")
+			shown := strings.Contains(errOut.String(), "db: 1GiB, healthy, primary beta; replicas:\n  alpha InSync at 3:9\n")
+			if want := tc.terminal && tc.args == nil; asked != want || shown != want {
+				t.Errorf("asked: %v, shown: %v: %s", asked, shown, errOut.String())
+			}
+			if !tc.deletes && !strings.Contains(errOut.String(), "nothing was done") {
+				t.Error(errOut.String())
+			}
+		})
+	}
+}
