@@ -59,7 +59,7 @@ func (a *app) followEvents(ctx context.Context, c *control.Client, since string)
 			return nil
 		})
 		if ctx.Err() != nil {
-			return nil // Ctrl-C is how it ends
+			return nil //nolint:nilerr // Ctrl-C is how it ends
 		}
 		if err != nil && (!reached || !errors.Is(err, control.ErrUnreachable)) {
 			return err
