@@ -37,13 +37,14 @@ const (
 	FaultRemove                  // a replica is removed
 	FaultGrow                    // the volume is resized
 	FaultMinCopies               // min_copies is changed
+	FaultEcho                    // a command of long ago comes again, under another id
 	faultKinds
 )
 
 var faultNames = [faultKinds]string{
 	"kill", "power", "clean-stop", "stop", "partition", "link", "flap", "slow", "hang", "disk", "switchover",
 	"raft-stall", "controller", "power-all", "forget", "doubt",
-	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies",
+	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies", "echo",
 }
 
 func (f Fault) String() string { return faultNames[f] }
@@ -129,7 +130,7 @@ func (s *Sim) Inject(f Fault, i int) {
 		s.split()
 	case FaultLongHang:
 		n.disk.hungTo = s.now + s.delay(s1, 10*s1)
-	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, faultKinds:
+	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultEcho, faultKinds:
 	}
 }
 

@@ -4,6 +4,7 @@ package sim
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,13 +17,15 @@ import (
 // design section 10.
 type mutant struct {
 	name    string
+	tests   [2]string // a package, and which of its tests; empty: the simulator
 	changes []change
 }
 
 type change struct{ file, old, new string }
 
 // readMutants parses testdata/mutants.txt: "# name", then one or more of
-// "file PATH", "<<<<", old text, "====", new text, ">>>>".
+// "file PATH", "<<<<", old text, "====", new text, ">>>>"; before them perhaps
+// "test PACKAGE REGEXP".
 func readMutants(t *testing.T) []mutant {
 	t.Helper()
 	b, err := os.ReadFile("testdata/mutants.txt")
@@ -37,6 +40,8 @@ func readMutants(t *testing.T) []mutant {
 		switch {
 		case part == 0 && strings.HasPrefix(word, "# "):
 			ms = append(ms, mutant{name: word[2:]})
+		case part == 0 && strings.HasPrefix(word, "test "):
+			ms[len(ms)-1].tests = [2]string(strings.Fields(word)[1:])
 		case part == 0 && strings.HasPrefix(word, "file "):
 			file = word[5:]
 		case part == 0 && word == "<<<<":
@@ -88,33 +93,99 @@ func (m *mutant) overlay(t *testing.T, root, dir string) string {
 	return file
 }
 
-// TestMutants breaks one rule after the other and demands that a history finds
-// it out: a checker that finds nothing is no checker.
+// mutantSeeds is how many random histories may pass before a mutant that no
+// scenario finds is said to survive; chanceSeeds, how many show how soon one
+// that a scenario finds is found by chance.
+const (
+	mutantSeeds = 4000
+	chanceSeeds = 300
+)
+
+// TestMutants breaks one rule after the other and demands that a scenario or a
+// random history finds it out: a checker that finds nothing is no checker. At
+// the end it prints the table that stands in docs/simulator.md.
 func TestMutants(t *testing.T) {
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
 	}
-	failing := regexp.MustCompile(`seed \d+: [^\n]*`)
-	for _, m := range readMutants(t) {
-		t.Run(m.name, func(t *testing.T) {
-			dir := t.TempDir()
-			bin := filepath.Join(dir, "sim.test")
-			build := exec.Command("go", "test", "-c", "-overlay", m.overlay(t, root, dir), "-o", bin, ".")
-			if out, err := build.CombinedOutput(); err != nil {
-				t.Fatalf("does not build: %v\n%s", err, out)
-			}
-			run := exec.Command(bin, "-test.run", "TestHistories|TestScenario")
-			run.Env = append(os.Environ(), "BLOCKSTEP_SIM_FAILURES=1")
-			out, err := run.CombinedOutput()
-			if err == nil {
-				t.Fatalf("survives:\n%s", out)
-			}
-			hit := failing.FindString(string(out))
-			if hit == "" {
-				t.Fatalf("fails for another reason:\n%s", out)
-			}
-			t.Logf("found by %s", hit)
+	ms := readMutants(t)
+	rows := make([]string, len(ms))
+	t.Cleanup(func() {
+		fmt.Println("| mutant | scenario | history | found as |\n|---|---|---|---|")
+		for _, r := range rows {
+			fmt.Print(r)
+		}
+	})
+	for i := range ms {
+		t.Run(ms[i].name, func(t *testing.T) {
+			t.Parallel()
+			rows[i] = ms[i].hunt(t, root)
 		})
 	}
+}
+
+var (
+	failedStory   = regexp.MustCompile(`--- FAIL: TestScenario/(\S+)`)
+	failedTest    = regexp.MustCompile(`--- FAIL: (\S+)`)
+	failedHistory = regexp.MustCompile(`seed (\d+): ([^\n]*)`)
+	virtualTime   = regexp.MustCompile(` at +[0-9.]+ms`)
+)
+
+// hunt builds the mutant, lets it be found, and returns its row of the table.
+func (m *mutant) hunt(t *testing.T, root string) string {
+	dir := t.TempDir()
+	overlay := m.overlay(t, root, dir)
+	if m.tests[0] != "" {
+		out, err := output(nil, "go", "test", "-count", "1", "-overlay", overlay, "-run", m.tests[1], "../../"+m.tests[0])
+		hit := failedTest.FindStringSubmatch(out)
+		if err == nil || hit == nil {
+			t.Fatalf("survives, or fails for another reason:\n%s", out)
+		}
+		return fmt.Sprintf("| `%s` | | | `%s` of `%s` |\n", m.name, hit[1], strings.TrimPrefix(m.tests[0], "./"))
+	}
+	bin := filepath.Join(dir, "sim.test")
+	if out, err := output(nil, "go", "test", "-c", "-tags", "invariants", "-overlay", overlay, "-o", bin, "."); err != nil {
+		t.Fatalf("does not build: %v\n%s", err, out)
+	}
+	out, err := output(nil, bin, "-test.run", "TestScenario", "-test.failfast")
+	story, n, as := failedStory.FindStringSubmatch(out), mutantSeeds, ""
+	if err != nil && story == nil {
+		t.Fatalf("fails for another reason:\n%s", out)
+	}
+	row := "| `" + m.name + "` | "
+	if story != nil {
+		row, n = row+"`"+story[1]+"`", chanceSeeds
+		if hit := failedHistory.FindStringSubmatch(out); hit != nil {
+			as = hit[2]
+		}
+	}
+	env := []string{"BLOCKSTEP_SIM_FAILURES=1", fmt.Sprintf("BLOCKSTEP_SIM_SEEDS=%d", n), "GOMAXPROCS=1"}
+	out, err = output(env, bin, "-test.run", "TestHistories", "-test.timeout", "0")
+	history := failedHistory.FindStringSubmatch(out)
+	switch {
+	case err != nil && history == nil:
+		t.Fatalf("fails for another reason:\n%s", out)
+	case history == nil && story == nil:
+		t.Fatalf("survives all scenarios and %d histories", n)
+	case history == nil:
+		row += fmt.Sprintf(" | none of %d", n)
+	default:
+		row += " | " + history[1]
+		as = history[2]
+	}
+	if as = virtualTime.ReplaceAllString(as, ""); len(as) > 100 {
+		as = as[:100] + "…"
+	}
+	row += " | " + as + " |\n"
+	t.Log(row)
+	return row
+}
+
+// output runs a command with more environment and returns all that it prints.
+func output(env []string, name string, args ...string) (string, error) {
+	c := exec.Command(name, args...)
+	c.Env = append(os.Environ(), env...)
+	out, err := c.CombinedOutput()
+	return string(out), err
 }

@@ -34,6 +34,15 @@ var orders = map[Fault]func(*Sim, *node){
 			s.command(n.i, state.Command{ResizeVolume: &state.ResizeVolume{Volume: volumeID, Size: uint64((s.opt.Blocks + s.grown) * blockSize)}})
 		}
 	},
+	FaultEcho: func(s *Sim, n *node) {
+		if len(s.cl.cmds) == 0 {
+			return
+		}
+		c := s.cl.cmds[s.rng.IntN(len(s.cl.cmds))].cmd
+		if c.Promote != nil || c.ChangeSet != nil {
+			s.command(n.i, c)
+		}
+	},
 	FaultMinCopies: func(s *Sim, n *node) {
 		k := 1 + s.rng.IntN(min(2, len(s.cl.vol().Replicas)))
 		s.command(n.i, state.Command{SetOptions: &state.SetOptions{Volume: volumeID, MinCopies: &k}})
