@@ -43,6 +43,28 @@ var fieldScenarios = []scenario{
 		s.Read(q)
 		s.Converge(0, 1, 2)
 	}},
+	{"survivor-resumes-with-who-comes-back", Options{MinCopies: 2, Trim: true}, func(s *Sim) {
+		// c is away; b dies for good, with a write under way, so that the survivor
+		// holds its I/O. c comes back and lacks the very block of that write: it
+		// is copied, joins, and the write is answered.
+		c := s.away(2)
+		p := s.AwaitPrimary()
+		s.Crash(FaultKill, 1-p)
+		var ws []*session
+		for b := range s.opt.Blocks {
+			ws = append(ws, s.Ask(p, opWrite, b, 1))
+		}
+		s.RunFor(2 * s1)
+		if !ws[0].op.on || s.Primary() >= 0 {
+			s.Fail("the survivor goes on alone")
+		}
+		s.Restart(c)
+		s.Await(10*s1, "the answers", func() bool {
+			return !slices.ContainsFunc(ws, func(w *session) bool { return w.op.on })
+		})
+		s.Read(c)
+		s.Converge(p, c)
+	}},
 	{"lagging-replica-starts-first-after-a-power-cut", Options{Trim: true}, func(s *Sim) {
 		// All lose power. The one that had been away starts first, alone.
 		c := s.away(2)
@@ -59,7 +81,7 @@ var fieldScenarios = []scenario{
 		s.Read(s.AwaitPrimary())
 		s.Converge(0, 1, 2)
 	}},
-	{"link-flaps-during-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 24}, func(s *Sim) {
+	{"link-flaps-during-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 48}, func(s *Sim) {
 		p := s.AwaitPrimary()
 		c := s.resyncing(p)
 		for i := range 12 {
@@ -69,7 +91,7 @@ var fieldScenarios = []scenario{
 		}
 		s.Converge(0, 1, 2)
 	}},
-	{"target-dies-in-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 24}, func(s *Sim) {
+	{"target-dies-in-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 48}, func(s *Sim) {
 		p := s.AwaitPrimary()
 		c := s.resyncing(p)
 		for i, how := range []Fault{FaultKill, FaultPower, FaultKill} {
@@ -84,7 +106,7 @@ var fieldScenarios = []scenario{
 		}
 		s.Converge(0, 1, 2)
 	}},
-	{"source-dies-in-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 24}, func(s *Sim) {
+	{"source-dies-in-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 48}, func(s *Sim) {
 		// The next primary goes on from what the target says that it lacks.
 		p := s.AwaitPrimary()
 		c := s.resyncing(p)

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -148,7 +149,14 @@ func (m *mutant) hunt(t *testing.T, root string) string {
 	if out, err := output(nil, "go", "test", "-c", "-tags", "invariants", "-overlay", overlay, "-o", bin, "."); err != nil {
 		t.Fatalf("does not build: %v\n%s", err, out)
 	}
-	out, err := output(nil, bin, "-test.run", "TestScenario", "-test.failfast")
+	stories := "TestScenario"
+	if slices.ContainsFunc(slices.Concat(scenarios, fieldScenarios), func(sc scenario) bool { return sc.name == m.name }) {
+		stories += "/^" + m.name + "$"
+	}
+	out, err := output(nil, bin, "-test.run", stories, "-test.failfast")
+	if err == nil && stories != "TestScenario" {
+		out, err = output(nil, bin, "-test.run", "TestScenario", "-test.failfast")
+	}
 	story, n, as := failedStory.FindStringSubmatch(out), mutantSeeds, ""
 	if err != nil && story == nil {
 		t.Fatalf("fails for another reason:\n%s", out)

@@ -177,6 +177,10 @@ func (s *Sim) sendWild(l *link, d int, e event) {
 	e.x = 0
 	// A block that is lost is asked for again only when the link is made anew.
 	block := e.msg.Type() == wire.TypeBlocks || e.msg.Type() == wire.TypeBlocksAck
+	if l.blocked[d] && block {
+		l.c[d].held = append(l.c[d].held, e)
+		return
+	}
 	if l.blocked[d] || (!s.healed && !block && s.chance(0.02)) {
 		return
 	}

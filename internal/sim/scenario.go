@@ -61,9 +61,13 @@ func (s *Sim) Primary() int {
 
 // AwaitPrimary waits until somebody serves, and everybody knows of it.
 func (s *Sim) AwaitPrimary() int {
-	s.Await(20*s1, "a primary", func() bool { return s.Primary() >= 0 })
-	s.RunFor(200 * ms)
-	return s.Primary()
+	for {
+		s.Await(20*s1, "a primary", func() bool { return s.Primary() >= 0 })
+		s.RunFor(200 * ms)
+		if p := s.Primary(); p >= 0 {
+			return p
+		}
+	}
 }
 
 // Switchover makes another node the primary, as planned.

@@ -34,6 +34,7 @@ type Core struct {
 	applyTo    ident.Seq
 	applied    ident.Seq
 	checkpoint ident.Seq
+	ahead      ident.Seq // the backing store may show entries up to here: the log's end at the start
 	trim       ident.Seq // the trim horizon, as the primary says
 	trimmed    ident.Seq // what the driver has been told
 	ring       entryRing
@@ -142,7 +143,7 @@ func New(cfg Config, start Start, now Instant) *Core {
 		base: start.Base, last: start.Last, hist: slices.Clone(history(start.History)),
 		handed: start.Last.Seq, written: start.Last.Seq, durable: min(start.Durable, start.Last.Seq),
 		commit: start.Applied, applyTo: start.Applied, applied: start.Applied, checkpoint: start.Applied,
-		trim: start.Base.Seq, trimmed: start.Base.Seq,
+		trim: start.Base.Seq, trimmed: start.Base.Seq, ahead: start.Last.Seq,
 		failed: start.Failed, links: map[ident.Node]bool{},
 	}
 	c.ring.limit = 2 * cfg.WindowBytes

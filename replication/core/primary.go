@@ -353,6 +353,7 @@ func (c *Core) leaseUntil() Instant {
 // older ones are committed with it (Raft, figure 8).
 func (c *Core) advanceCommit() {
 	if q := c.quorum(c.heldBy); q >= c.p.marker && q > c.commit {
+		c.spoilCommitted(c.commit, q)
 		c.commit = q
 	}
 	if q := c.quorum(c.durableBy); q > c.p.durableCommit {

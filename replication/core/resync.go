@@ -21,11 +21,11 @@ import (
 // remaining is durable in the target's checkpoint, and nobody else needs to
 // remember how far a resync came: whoever is primary asks the target.
 //
-// The source reads a block at a commit index c while no entry after c touches
-// it, and sends it when everything up to c has been sent: AsOf is the last entry
-// sent. The target writes it when it has applied everything up to AsOf and
-// before it applies anything later. So an older entry never overwrites the
-// block, and the block never overwrites a newer entry.
+// The source reads a block at a commit index c: AsOf is c, and everything up to
+// c has been sent before the block. If an entry that touches it is committed
+// while it is read, it is read again. The target writes it when it has applied
+// everything up to AsOf and before it applies anything later. So an older entry
+// never overwrites the block, and the block never overwrites a newer entry.
 
 // target is the state of a replica that is being resynced.
 type target struct {
@@ -158,10 +158,10 @@ func (c *Core) onBlocks(from ident.Node, m *wire.Blocks) {
 		}
 		return
 	}
-	if m.AsOf != c.follow.matched {
-		// Later entries have come before it: what it holds may be older than
-		// what they wrote. Or there was no room for those before it. It stays in
-		// remaining, and is asked for again.
+	if m.AsOf > c.follow.matched || m.AsOf < c.applyTo {
+		// There was no room for the entries before it; or later ones are on
+		// their way to the backing store, and what it holds may be older than
+		// what they write. It stays in remaining, and is asked for again.
 		c.t.ackID, c.t.ackDue = max(c.t.ackID, m.ID), true
 		return
 	}
@@ -194,7 +194,7 @@ func (c *Core) BlocksWritten(now Instant, id uint64) {
 		wire.ReleasePayloads(b)
 		c.t.pending = c.t.pending[1:]
 		c.t.writing--
-		c.t.ackID, c.t.ackDue = b.ID, true
+		c.t.ackID, c.t.ackDue = max(c.t.ackID, b.ID), true
 		if b.ID == id {
 			break
 		}

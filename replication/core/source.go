@@ -37,7 +37,7 @@ type resyncRun struct {
 type blockRead struct {
 	id       uint64
 	off, len uint64
-	spoiled  bool // an entry that touches it was appended since the read began
+	spoiled  bool // an entry that touches it was committed since the read began
 	waiting  bool // to be read again
 	spoils   int
 }
@@ -153,12 +153,32 @@ func (c *Core) touched(off, length uint64) {
 		if pr.run == nil || pr.run.todo == nil {
 			continue
 		}
-		for _, rd := range pr.run.reads {
-			if rd.off < off+length && off < rd.off+rd.len {
-				rd.spoiled = true
-			}
+		if c.view.Ack == AckLocal {
+			pr.run.spoil(off, length)
 		}
 		pr.run.todo.Clear(off, length)
+	}
+}
+
+// spoilCommitted tells the resyncs under way that the entries after from, up to
+// to, are committed: a block read that is out may show them or not.
+func (c *Core) spoilCommitted(from, to ident.Seq) {
+	for _, pr := range c.p.peers {
+		if pr.run == nil || len(pr.run.reads) == 0 {
+			continue
+		}
+		ents := c.unapplied.after(from)
+		for i := range ents[:min(len(ents), int(to-from))] {
+			pr.run.spoil(ents[i].off, ents[i].len)
+		}
+	}
+}
+
+func (r *resyncRun) spoil(off, length uint64) {
+	for _, rd := range r.reads {
+		if rd.off < off+length && off < rd.off+rd.len {
+			rd.spoiled = true
+		}
 	}
 }
 
@@ -253,7 +273,7 @@ func (c *Core) readyResync(pr *peer) {
 		if r.readingAt(off, length) {
 			continue
 		}
-		if c.uncommittedAt(off, length) {
+		if c.aheadAt(off, length) {
 			continue // its turn comes again
 		}
 		r.nextID++
@@ -280,9 +300,14 @@ func (r *resyncRun) readingAt(off, length uint64) bool {
 	return false
 }
 
-// uncommittedAt reports whether an entry that is not committed touches the range.
-func (c *Core) uncommittedAt(off, length uint64) bool {
+// aheadAt reports whether a read of the range may show an entry that is not
+// known to be committed: one that was applied before a restart, or, with ack
+// local, any. Then the range is not read yet.
+func (c *Core) aheadAt(off, length uint64) bool {
 	ents := c.unapplied.after(c.commit)
+	if c.view.Ack != AckLocal {
+		ents = ents[:min(len(ents), int(max(c.ahead, c.commit)-c.commit))]
+	}
 	for i := range ents {
 		if ents[i].overlaps(off, length) {
 			return true
@@ -313,7 +338,9 @@ func (c *Core) BlocksRead(now Instant, q BlockRead, blocks []wire.Block, ok bool
 		return // it stays to do
 	}
 	// It goes out only when all that the read may have seen has been sent, and
-	// nothing that came after the read began touches it.
+	// nothing that was committed while it lasted touches it: so it shows the
+	// block as of the commit index. What is not committed may wait for this very
+	// target to join; the block does not wait for it.
 	if rd.spoiled || pr.next <= c.commit {
 		if rd.spoiled {
 			rd.spoils++
@@ -334,7 +361,7 @@ func (c *Core) BlocksRead(now Instant, q BlockRead, blocks []wire.Block, ok bool
 		}
 	}
 	c.early = append(c.early, Out{To: pr.node, Msg: &wire.Blocks{
-		Epoch: c.p.epoch, Stream: pr.stream, ID: r.sendID, AsOf: pr.next - 1, Blocks: blocks,
+		Epoch: c.p.epoch, Stream: pr.stream, ID: r.sendID, AsOf: c.commit, Blocks: blocks,
 	}})
 }
 
@@ -342,8 +369,8 @@ func (c *Core) BlocksRead(now Instant, q BlockRead, blocks []wire.Block, ok bool
 // the way.
 func (c *Core) again(pr *peer) {
 	for _, rd := range pr.run.reads {
-		if rd.waiting && pr.next > c.commit && !c.uncommittedAt(rd.off, rd.len) {
-			rd.waiting = false
+		if rd.waiting && pr.next > c.commit && !c.aheadAt(rd.off, rd.len) {
+			rd.waiting, rd.spoiled = false, false
 			c.blockReads = append(c.blockReads, BlockRead{Peer: pr.node, Stream: pr.stream, ID: rd.id, Off: rd.off, Len: rd.len})
 		}
 	}

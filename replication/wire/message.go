@@ -123,7 +123,7 @@ type Block struct {
 
 // Blocks carries extents of a resync. It travels in the same ordered stream as
 // Append: the target writes the blocks after it has applied everything up to
-// AsOf and before it applies anything that arrives later.
+// AsOf, a committed position, and before it applies anything later.
 type Blocks struct {
 	Epoch  ident.Epoch
 	Stream uint64
