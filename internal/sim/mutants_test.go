@@ -99,7 +99,7 @@ func (m *mutant) overlay(t *testing.T, root, dir string) string {
 // that a scenario finds is found by chance.
 const (
 	mutantSeeds = 4000
-	chanceSeeds = 300
+	chanceSeeds = 100
 )
 
 // TestMutants breaks one rule after the other and demands that a scenario or a
@@ -146,7 +146,7 @@ func (m *mutant) hunt(t *testing.T, root string) string {
 		return fmt.Sprintf("| `%s` | | | `%s` of `%s` |\n", m.name, hit[1], strings.TrimPrefix(m.tests[0], "./"))
 	}
 	bin := filepath.Join(dir, "sim.test")
-	if out, err := output(nil, "go", "test", "-c", "-tags", "invariants", "-overlay", overlay, "-o", bin, "."); err != nil {
+	if out, err := output(nil, "go", "test", "-c", "-tags", "invariants", "-ldflags", "-s -w", "-overlay", overlay, "-o", bin, "."); err != nil {
 		t.Fatalf("does not build: %v\n%s", err, out)
 	}
 	stories := "TestScenario"
