@@ -124,7 +124,7 @@ func (l *link) connect() (*stream, error) {
 	}
 	w := newWriter(conn)
 	w.tune(l.m.opt.Lease)
-	return newStream(conn, w, l.m.opt.Limits, answer.Instance), nil
+	return newStream(conn, w, l.m.opt.Limits, answer.Instance, answer.Version), nil
 }
 
 // greet sends our hello and judges the answer.
@@ -150,7 +150,7 @@ func (l *link) greet(conn net.Conn) (wire.Hello, error) {
 	if answer.From != l.node {
 		return wire.Hello{}, fmt.Errorf("node %s answers at the address of %s: correct the addresses in the configuration", answer.From, l.node)
 	}
-	if answer.Version < wire.VersionMin || answer.Version > wire.VersionMax {
+	if !l.m.opt.Versions.Has(answer.Version) {
 		return wire.Hello{}, fmt.Errorf("%w: node %s chose version %d", wire.ErrNewer, l.node, answer.Version)
 	}
 	return answer, nil

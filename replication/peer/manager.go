@@ -32,7 +32,10 @@ type Options struct {
 	Lease   time.Duration
 	Handler Handler
 	Limits  Limits
-	Clock   func() int64 // ns; default CLOCK_BOOTTIME
+	// Versions of the frame that are spoken; default those of this build. With
+	// each peer it is the newest one that both speak.
+	Versions wire.Versions
+	Clock    func() int64 // ns; default CLOCK_BOOTTIME
 }
 
 // Limits bounds what one link holds. A zero field means its default.
@@ -117,6 +120,9 @@ func NewManager(opt Options) *Manager {
 	}
 	if opt.Limits.QueueFrames == 0 {
 		opt.Limits.QueueFrames = queueFramesMax
+	}
+	if opt.Versions == (wire.Versions{}) {
+		opt.Versions = wire.Known()
 	}
 	if opt.Clock == nil {
 		opt.Clock = bootClock

@@ -61,10 +61,10 @@ type lane struct {
 // push adds m's frame and returns its bytes. The lane then owns one reference
 // of each payload; on an error it owns none. o, if not nil, is told when the
 // frame is taken.
-func (l *lane) push(vol ident.Volume, m wire.Message, o *order, scratch *[]*buf.Buf) (int, error) {
+func (l *lane) push(version uint8, vol ident.Volume, m wire.Message, o *order, scratch *[]*buf.Buf) (int, error) {
 	b := &l.back
 	start := len(b.slab)
-	slab, payloads, err := wire.AppendFrame(b.slab, (*scratch)[:0], vol, m)
+	slab, payloads, err := wire.AppendFrameAs(version, b.slab, (*scratch)[:0], vol, m)
 	if err != nil {
 		return 0, err
 	}

@@ -36,7 +36,7 @@ func TestQueueKeepsOrder(t *testing.T) {
 		a, b := net.Pipe()
 		defer a.Close()
 		defer b.Close()
-		s := newStream(a, newWriter(a), Limits{QueueBytes: 1 << 30, QueueFrames: 1 << 20}, 1)
+		s := newStream(a, newWriter(a), Limits{QueueBytes: 1 << 30, QueueFrames: 1 << 20}, 1, wire.VersionMax)
 		var out bytes.Buffer
 		sent, acks, total := map[ident.Volume]int{}, 0, 0
 		for range rapid.IntRange(1, 60).Draw(t, "steps") {
@@ -115,7 +115,7 @@ func TestBulkDelaysOnlyItsOwnVolume(t *testing.T) {
 	a, b := net.Pipe()
 	defer a.Close()
 	defer b.Close()
-	s := newStream(a, newWriter(a), Limits{QueueBytes: 1 << 30, QueueFrames: 1 << 20}, 1)
+	s := newStream(a, newWriter(a), Limits{QueueBytes: 1 << 30, QueueFrames: 1 << 20}, 1, wire.VersionMax)
 	defer s.fail(errClosed)
 	for i := 1; i <= 20; i++ {
 		if err := s.push(1, write(i, 1<<20)); err != nil {

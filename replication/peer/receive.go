@@ -40,7 +40,7 @@ type incoming struct {
 // hello is ours to node.
 func (m *Manager) hello(node ident.Node, attempt uint64) wire.Hello {
 	return wire.Hello{
-		Min: wire.VersionMin, Max: wire.VersionMax,
+		Min: m.opt.Versions.Min, Max: m.opt.Versions.Max,
 		Instance: m.instance, Attempt: attempt,
 		Cluster: m.opt.Cluster, ClusterID: *m.clusterID.Load(),
 		From: m.opt.Self, To: node,
@@ -67,7 +67,7 @@ func (m *Manager) refused(h wire.Hello) error {
 			h.From, h.Cluster, h.ClusterID, m.opt.Cluster, *m.clusterID.Load())
 	case wire.RefusedVersion:
 		return fmt.Errorf("%w: node %s refuses the link: it knows versions %d to %d, we %d to %d: upgrade the older node",
-			wire.ErrNewer, h.From, h.Min, h.Max, wire.VersionMin, wire.VersionMax)
+			wire.ErrNewer, h.From, h.Min, h.Max, m.opt.Versions.Min, m.opt.Versions.Max)
 	case wire.Accepted, wire.RefusedTarget, wire.RefusedUnknown, wire.RefusedBusy, wire.RefusedOlder:
 	}
 	return fmt.Errorf("node %s refuses the link: %s", h.From, h.Refusal)
@@ -93,13 +93,13 @@ func (m *Manager) Accept(conn net.Conn) {
 func (m *Manager) runAccepted(conn net.Conn) {
 	defer m.wg.Done()
 	defer conn.Close()
-	l, generation, err := m.welcome(conn)
+	l, generation, version, err := m.welcome(conn)
 	<-m.handshakes
 	if err != nil {
 		m.refuse(conn, err)
 		return
 	}
-	err = l.receive(conn, generation)
+	err = l.receive(conn, generation, version)
 	switch {
 	case l.in.generation.Load() != generation || l.ctx.Err() != nil:
 	case errors.Is(err, io.EOF):
@@ -123,23 +123,23 @@ func (m *Manager) refuse(conn net.Conn, err error) {
 	m.log.Log(m.ctx, level, "refused a link", "remote", conn.RemoteAddr(), "err", err)
 }
 
-// welcome shakes hands with a dialer and puts its connection in place.
-func (m *Manager) welcome(conn net.Conn) (*link, uint64, error) {
+// welcome shakes hands with a dialer and puts its connection in place. The
+// version is what its frames have.
+func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version uint8, err error) {
 	stop := context.AfterFunc(m.ctx, func() { conn.Close() })
 	defer stop()
 	if err := conn.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	h, err := wire.ReadHello(conn)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	answer := m.hello(h.From, h.Attempt)
 	answer.Refusal = m.judge(h)
-	version, ok := wire.PickVersion(h)
+	version, ok := m.opt.Versions.Pick(h)
 	answer.Version = version
-	l := m.link(h.From)
-	var generation uint64
+	l = m.link(h.From)
 	switch {
 	case answer.Refusal != wire.Accepted:
 	case !ok:
@@ -156,21 +156,21 @@ func (m *Manager) welcome(conn net.Conn) (*link, uint64, error) {
 		_, err = conn.Write(b)
 	}
 	if answer.Refusal != wire.Accepted {
-		return nil, 0, fmt.Errorf("node %s of cluster %q: %s", h.From, h.Cluster, answer.Refusal)
+		return nil, 0, 0, fmt.Errorf("node %s of cluster %q: %s", h.From, h.Cluster, answer.Refusal)
 	}
 	if err == nil {
 		err = conn.SetDeadline(time.Time{})
 	}
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	l.peerIs(h.Instance)
-	return l, generation, nil
+	return l, generation, version, nil
 }
 
 // receive delivers what arrives until the connection ends.
-func (l *link) receive(conn net.Conn, generation uint64) error {
-	r := wire.NewReader(conn)
+func (l *link) receive(conn net.Conn, generation uint64, version uint8) error {
+	r := wire.NewReaderOf(conn, wire.Versions{Min: version, Max: version})
 	batch := make([]wire.Envelope, 0, batchMax)
 	for {
 		batch = batch[:0]

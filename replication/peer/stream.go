@@ -75,6 +75,7 @@ type stream struct {
 	w        *writer // of the owner of writing
 	limits   Limits
 	instance uint64 // of the peer's process
+	version  uint8  // of the frames: what the hellos have agreed on
 
 	kick   chan struct{} // hands writing to runSender; capacity 1
 	failed chan struct{} // closed by the first fail
@@ -96,9 +97,9 @@ type stream struct {
 	}
 }
 
-func newStream(conn net.Conn, w *writer, limits Limits, instance uint64) *stream {
+func newStream(conn net.Conn, w *writer, limits Limits, instance uint64, version uint8) *stream {
 	return &stream{
-		conn: conn, w: w, limits: limits, instance: instance,
+		conn: conn, w: w, limits: limits, instance: instance, version: version,
 		kick: make(chan struct{}, 1), failed: make(chan struct{}),
 		orders: map[ident.Volume]*order{},
 	}
@@ -131,7 +132,7 @@ func (s *stream) push(vol ident.Volume, m wire.Message) error {
 		o = s.orderLocked(vol)
 		lane = o.lane(lane)
 	}
-	n, err := s.lanes[lane].push(vol, m, o, &s.scratch)
+	n, err := s.lanes[lane].push(s.version, vol, m, o, &s.scratch)
 	if err != nil {
 		s.mu.Unlock()
 		wire.ReleasePayloads(m)

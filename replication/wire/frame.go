@@ -16,6 +16,15 @@ const (
 	VersionMax = 1
 )
 
+// Versions are the versions of the frame that a process speaks.
+type Versions struct{ Min, Max uint8 }
+
+// Known are those of this build.
+func Known() Versions { return Versions{Min: VersionMin, Max: VersionMax} }
+
+// Has reports whether version is one of them.
+func (v Versions) Has(version uint8) bool { return version >= v.Min && version <= v.Max }
+
 // The header of every frame, little-endian (docs/format/wire.md).
 const (
 	HeaderLen = 28
@@ -36,12 +45,18 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // Checksum returns the CRC-32C of a payload, as PayloadCRC has it.
 func Checksum(payload []byte) uint32 { return crc32.Checksum(payload, castagnoli) }
 
-// AppendFrame appends the header and the body of m's frame to dst, and the
+// AppendFrame is AppendFrameAs in the newest version that this build knows.
+func AppendFrame(dst []byte, payloads []*buf.Buf, vol ident.Volume, m Message) ([]byte, []*buf.Buf, error) {
+	return AppendFrameAs(VersionMax, dst, payloads, vol, m)
+}
+
+// AppendFrameAs appends the header and the body of m's frame, in the version
+// that the link's ends have agreed on, to dst, and the
 // buffers whose bytes follow them on the wire, in order, to payloads; nothing
 // of a payload is copied, and no reference taken. For a message beyond a limit,
 // or one that no receiver would take, it returns dst and payloads unchanged and
 // an error that wraps ErrLimit or ErrMalformed.
-func AppendFrame(dst []byte, payloads []*buf.Buf, vol ident.Volume, m Message) ([]byte, []*buf.Buf, error) {
+func AppendFrameAs(version uint8, dst []byte, payloads []*buf.Buf, vol ident.Volume, m Message) ([]byte, []*buf.Buf, error) {
 	start, first := len(dst), len(payloads)
 	var header [HeaderLen]byte
 	out := append(dst, header[:]...)
@@ -61,7 +76,7 @@ func AppendFrame(dst []byte, payloads []*buf.Buf, vol ident.Volume, m Message) (
 	}
 	h := out[start:]
 	binary.LittleEndian.PutUint32(h, frameMagic)
-	h[offVersion] = VersionMax
+	h[offVersion] = version
 	h[offType] = byte(m.Type())
 	binary.LittleEndian.PutUint64(h[offVolume:], uint64(vol))
 	binary.LittleEndian.PutUint32(h[offBody:], uint32(body))
@@ -89,14 +104,14 @@ func (h header) frameLen() int { return HeaderLen + h.body + h.payload }
 // parseHeader judges the first HeaderLen bytes of b. The checksum, which covers
 // the body too, is for later; magic, version and limits come before anything
 // is allocated or waited for.
-func parseHeader(b []byte) (header, error) {
+func parseHeader(b []byte, known Versions) (header, error) {
 	if binary.LittleEndian.Uint32(b) != frameMagic {
 		return header{}, fmt.Errorf("%w: no frame begins with % x", ErrMalformed, b[:4])
 	}
 	switch v := b[offVersion]; {
-	case v > VersionMax:
-		return header{}, fmt.Errorf("%w: version %d of a frame, known are %d to %d; upgrade this node", ErrNewer, v, VersionMin, VersionMax)
-	case v < VersionMin:
+	case v > known.Max:
+		return header{}, fmt.Errorf("%w: version %d of a frame, known are %d to %d; upgrade this node", ErrNewer, v, known.Min, known.Max)
+	case v < known.Min:
 		return header{}, fmt.Errorf("%w: version %d of a frame", ErrMalformed, v)
 	}
 	h := header{

@@ -131,9 +131,9 @@ func (c *cursor) name() string {
 	return s
 }
 
-// PickVersion returns the newest version that both this build and the sender
-// of h know; ok is false if there is none.
-func PickVersion(h Hello) (version uint8, ok bool) {
-	v := min(h.Max, VersionMax)
-	return v, v >= max(h.Min, VersionMin)
+// Pick returns the newest version that is one of v and that the sender of h
+// knows; ok is false if there is none.
+func (v Versions) Pick(h Hello) (version uint8, ok bool) {
+	version = min(h.Max, v.Max)
+	return version, version >= max(h.Min, v.Min)
 }

@@ -11,6 +11,7 @@ import (
 // Reader takes frames from a stream. It is for one goroutine.
 type Reader struct {
 	src  io.Reader
+	know Versions
 	buf  []byte
 	r, w int // buf[r:w] is read and not taken
 	list []payload
@@ -19,8 +20,12 @@ type Reader struct {
 
 // NewReader returns a Reader of src. It reads ahead, so nobody else may read
 // from src after the first Next.
-func NewReader(src io.Reader) *Reader {
-	return &Reader{src: src, buf: make([]byte, readBuffer)}
+func NewReader(src io.Reader) *Reader { return NewReaderOf(src, Known()) }
+
+// NewReaderOf is NewReader for frames of certain versions only: those of a link
+// whose ends have agreed on one.
+func NewReaderOf(src io.Reader, versions Versions) *Reader {
+	return &Reader{src: src, know: versions, buf: make([]byte, readBuffer)}
 }
 
 // Bytes returns how many bytes of frames Next has taken.
@@ -35,7 +40,7 @@ func (r *Reader) Next(e *Envelope) error {
 	if err := r.fill(HeaderLen); err != nil {
 		return err
 	}
-	h, err := parseHeader(r.buf[r.r:])
+	h, err := parseHeader(r.buf[r.r:], r.know)
 	if err != nil {
 		return err
 	}
@@ -72,7 +77,7 @@ func (r *Reader) Ready() bool {
 	if r.w-r.r < HeaderLen {
 		return false
 	}
-	h, err := parseHeader(r.buf[r.r:])
+	h, err := parseHeader(r.buf[r.r:], r.know)
 	return err != nil || h.frameLen() <= r.w-r.r
 }
 

@@ -359,7 +359,7 @@ func TestNewerIsNotCorrupt(t *testing.T) {
 		min, max, want uint8
 		ok             bool
 	}{{1, 1, 1, true}, {1, 9, VersionMax, true}, {VersionMax + 1, 9, 0, false}, {0, 0, 0, false}} {
-		if v, ok := PickVersion(Hello{Min: c.min, Max: c.max}); ok != c.ok || ok && v != c.want {
+		if v, ok := Known().Pick(Hello{Min: c.min, Max: c.max}); ok != c.ok || ok && v != c.want {
 			t.Errorf("versions %d to %d: %d, %v", c.min, c.max, v, ok)
 		}
 	}
