@@ -24,7 +24,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 4 || len(args)%2 != 0 {
-		return errors.New("usage: nbdsame ADDRESS EXPORT ADDRESS EXPORT...")
+		return errors.New("usage: nbdsame ADDRESS EXPORT ADDRESS EXPORT, and more such pairs")
 	}
 	ctx := context.Background()
 	var clients []*nbdtest.Client
