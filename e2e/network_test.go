@@ -145,6 +145,7 @@ func TestPrimaryIsolated(t *testing.T) {
 			c.net.heal(k.from, k.to)
 		}
 		others[0].cli("wait", "db", "--for", "healthy", "--timeout", "60s")
+		old.namesDiscarded()
 	}
 	l.noFailures(l.clients)
 	l.finish(c)

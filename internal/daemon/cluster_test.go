@@ -109,15 +109,24 @@ func newCluster(t *testing.T, extra string, witness ...string) map[string]*testN
 	return out
 }
 
+// freeAddress returns an address that nobody listens on, and that it has given
+// to nobody else: the kernel may offer a port again as soon as it is closed.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := l.Addr().String()
+		l.Close()
+		if _, given := givenAddresses.LoadOrStore(address, true); !given {
+			return address
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
 }
+
+var givenAddresses sync.Map
 
 func (n *testNode) sock(what string) string { return n.dir + "." + what }
 
