@@ -12,7 +12,7 @@ import (
 func tortureTime(t *testing.T) time.Duration {
 	text := os.Getenv("BLOCKSTEP_E2E_TORTURE")
 	if text == "" {
-		return 40 * time.Second
+		return time.Minute
 	}
 	d, err := time.ParseDuration(text)
 	if err != nil {
