@@ -25,7 +25,7 @@ func rawDial(t testing.TB, addr string) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -231,6 +231,9 @@ func TestOptions(t *testing.T) {
 		"structured":                    {structured, structured},
 		"structured with data":          {{nbdtest.OptStructuredReply, []byte{1}, replies(invalid)}},
 		"extended":                      {ack(nbdtest.OptExtendedHeaders), ack(nbdtest.OptExtendedHeaders)},
+		"extended after structured":     {structured, ack(nbdtest.OptExtendedHeaders)},
+		"structured, set, structured":   {structured, {nbdtest.OptSetMetaContext, nbdtest.MetaData("v", "base:allocation"), replies(meta, acked)}, structured},
+		"go after a failed go":          {{nbdtest.OptGo, nbdtest.GoData("nothing"), replies(unknown)}, {nbdtest.OptGo, nbdtest.GoData("v@w"), replies(unknown)}},
 		"extended with data":            {{nbdtest.OptExtendedHeaders, []byte{1}, replies(invalid)}},
 		"structured after extended":     {ack(nbdtest.OptExtendedHeaders), {nbdtest.OptStructuredReply, nil, replies(nbdtest.RepErrExtHeaderReqd)}},
 		"info":                          {{nbdtest.OptInfo, nbdtest.GoData("v"), replies(info, info, acked)}},

@@ -10,9 +10,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/pojntfx/go-nbd/pkg/backend"
+	"github.com/pojntfx/go-nbd/pkg/client"
+	"github.com/pojntfx/go-nbd/pkg/server"
 
 	"github.com/blockstep/blockstep/nbd"
 	"github.com/blockstep/blockstep/nbd/nbdtest"
@@ -291,6 +296,55 @@ func TestNbdfuse(t *testing.T) {
 	}
 	tool(t, "mkfs.ext4", "-q", "-F", "-d", "testdata", image)
 	tool(t, "fsck.ext4", "-f", "-n", image)
+}
+
+// TestGoNBD runs go-nbd's client and server against ours, as far as they go
+// without a kernel device: its Connect begins with an ioctl, and what it says on
+// the wire is in TestNotFixed.
+func TestGoNBD(t *testing.T) {
+	addr := serve(t, nbdtest.Exports{"disk": nbdtest.NewMemDevice(1 << 20), "other": nbdtest.NewMemDevice(4096)})
+	got, err := client.List(rawDial(t, addr))
+	if err != nil || !slices.Equal(got, []string{"disk"}) { // it reads one reply
+		t.Errorf("go-nbd's List: %q, %v", got, err)
+	}
+
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	served := make(chan error, 1)
+	go func() {
+		there, err := ln.Accept()
+		if err != nil {
+			served <- err
+			return
+		}
+		defer there.Close()
+		served <- server.Handle(there, []*server.Export{{Name: "disk", Backend: backend.NewMemoryBackend(make([]byte, 1<<20))}}, nil)
+	}()
+	c, err := nbdtest.Dial(t.Context(), "tcp://"+ln.Addr().String(), "disk", nbdtest.Options{Simple: true, Timeout: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := bytes.Repeat([]byte("go-nbd"), 1000)
+	back := make([]byte, len(data))
+	if err := c.WriteAt(t.Context(), data, 4096); err != nil {
+		t.Error(err)
+	}
+	if err := c.ReadAt(t.Context(), back, 4096); err != nil || !bytes.Equal(back, data) {
+		t.Errorf("what was written to go-nbd's server reads otherwise: %v", err)
+	}
+	if c.Flags()&(nbdtest.FlagSendFlush|nbdtest.FlagSendFUA|nbdtest.FlagSendTrim|nbdtest.FlagSendWriteZeroes|nbdtest.FlagSendDF) != 0 {
+		t.Errorf("go-nbd's server has learned something, flags %#x: bring docs/interop.md up to date", c.Flags())
+	}
+	if err := c.Disconnect(); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	if err := <-served; err != nil {
+		t.Errorf("go-nbd's server: %v", err)
+	}
 }
 
 // certificates makes an authority and certificates of a server and a client in

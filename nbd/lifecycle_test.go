@@ -169,28 +169,34 @@ func TestClaimCostsNothing(t *testing.T) {
 // TestSlowClient lets one client take no replies: others are not slower for it,
 // and what it holds is bounded.
 func TestSlowClient(t *testing.T) {
-	_, addr := serveOn(t, "tcp://127.0.0.1:0", nbdtest.Exports{"v": nbdtest.NewMemDevice(64 << 20)})
+	srv, addr := serveOn(t, "tcp://127.0.0.1:0", nbdtest.Exports{"v": nbdtest.NewMemDevice(64 << 20)})
 	slow := enter(t, addr)
-	var sent atomic.Int64
 	go func() {
 		for {
 			if _, err := slow.Write(request(nbdtest.CmdRead, 0, 1, 0, 1<<20)); err != nil {
 				return
 			}
-			sent.Add(1)
 		}
 	}()
-	settled(sent.Load)
+	held := func() int64 { return srv.Stats().BudgetUsed }
+	eventually(t, "the slow client's window is nearly full", func() bool { return held() >= 24<<20 })
 	c := dial(t, addr, "v", nbdtest.Options{})
-	began := time.Now()
 	for i := range uint64(100) {
 		if err := c.WriteAt(t.Context(), make([]byte, 4096), 4096*i); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if d := time.Since(began); d > 3*time.Second {
-		t.Errorf("100 writes beside a slow client took %v", d)
+	p := make([]byte, 16<<20) // more than a connection may always use
+	if err := c.ReadAt(t.Context(), p, 0); err != nil {
+		t.Fatal(err)
 	}
+	// All this was answered while the slow client's replies lay there, and they
+	// are no more than one connection may have.
+	c.Close()
+	if now := held(); now < 16<<20 {
+		t.Errorf("only %d MiB are held for the slow client: it was not slow", now>>20)
+	}
+	eventually(t, "what is held is no more than a window", func() bool { return held() <= nbd.PayloadMax })
 	slow.Close()
 }
 
@@ -368,20 +374,27 @@ func TestHandshakeDuringShutdown(t *testing.T) {
 }
 
 func TestConnectionLimits(t *testing.T) {
-	_, addr := serveOn(t, "tcp://127.0.0.1:0", one(), nbd.ListenerOptions{Connections: 2})
-	first := enter(t, addr)
-	enter(t, addr)
-	wantClosed(t, rawDial(t, addr))
-	first.Close()
-	eventually(t, "a place comes free", func() bool {
-		c, err := nbdtest.DialConn(t.Context(), addr)
-		if err != nil {
-			return false
-		}
-		defer c.Close()
-		_, err = nbdtest.Begin(c)
-		return err == nil
-	})
+	for name, limit := range map[string]any{
+		"of the listener": nbd.ListenerOptions{Connections: 2},
+		"of all":          nbd.Config{Limits: nbd.Limits{Connections: 2}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, addr := serveOn(t, "tcp://127.0.0.1:0", one(), limit)
+			first := enter(t, addr)
+			enter(t, addr)
+			wantClosed(t, rawDial(t, addr))
+			first.Close()
+			eventually(t, "a place comes free", func() bool {
+				c, err := nbdtest.DialConn(t.Context(), addr)
+				if err != nil {
+					return false
+				}
+				defer c.Close()
+				_, err = nbdtest.Begin(c)
+				return err == nil
+			})
+		})
+	}
 }
 
 func TestListen(t *testing.T) {

@@ -25,6 +25,11 @@ func TestDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	whole, err := filepath.Glob("../e2e/*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = append(files, whole...)
 	var code []byte
 	for _, f := range files {
 		b, err := os.ReadFile(f)

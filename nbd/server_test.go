@@ -51,7 +51,7 @@ func serveOn(t testing.TB, listen string, exports nbd.Exports, opts ...any) (*nb
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(context.Background(), ln, lo) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := s.Shutdown(ctx); err != nil {
 			t.Errorf("Shutdown: %v", err)
@@ -69,10 +69,10 @@ func serveOn(t testing.TB, listen string, exports nbd.Exports, opts ...any) (*nb
 // dial connects a client that is closed with the test.
 func dial(t testing.TB, addr, export string, opts nbdtest.Options) *nbdtest.Client {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if opts.Timeout == 0 {
-		opts.Timeout = 10 * time.Second
+		opts.Timeout = time.Minute
 	}
 	c, err := nbdtest.Dial(ctx, addr, export, opts)
 	if err != nil {

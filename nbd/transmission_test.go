@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -108,6 +109,9 @@ func sparse(t testing.TB) *nbdtest.MemDevice {
 	return d
 }
 
+// flagsText is what a client is told of a flag that its command does not have.
+const flagsText = "invalid request: a flag that the command does not take"
+
 func TestReplyBytes(t *testing.T) {
 	const k = 1 << 10
 	data := bytes.Repeat([]byte{0xda}, 64*k)
@@ -194,6 +198,18 @@ func TestReplyBytes(t *testing.T) {
 				extChunk(1, 6, cookie, 32*k, 40), be(4, 2), be(4, 2), be(8, 32*k), be(8, 1), be(8, 32*k), be(8, 0)),
 		},
 		{
+			"extended headers replace structured replies",
+			[]uint32{nbdtest.OptStructuredReply, nbdtest.OptExtendedHeaders},
+			extRequest(nbdtest.CmdFlush, 0, cookie, 0, 0),
+			extChunk(1, 0, cookie, 0, 0),
+		},
+		{
+			"extended write with flags that it does not have: its payload is skipped",
+			[]uint32{nbdtest.OptExtendedHeaders},
+			cat(extRequest(nbdtest.CmdWrite, 1<<5|1<<15, cookie, 0, 3), []byte("abc"), extRequest(nbdtest.CmdFlush, 0, cookie, 0, 0)),
+			cat(extChunk(1, 0x8001, cookie, 0, uint64(6+len(flagsText))), be(4, 22), be(2, uint64(len(flagsText))), []byte(flagsText), extChunk(1, 0, cookie, 0, 0)),
+		},
+		{
 			"extended block status of one context",
 			[]uint32{nbdtest.OptExtendedHeaders, nbdtest.OptSetMetaContext},
 			cat(extRequest(nbdtest.CmdBlockStatus, 1<<5, cookie, 0, 12), be(8, 4096), be(4, 2)),
@@ -207,7 +223,7 @@ func TestReplyBytes(t *testing.T) {
 				t.Errorf("got  %.200x\nwant %.200x", got, c.want)
 			}
 			var disc []byte
-			if len(c.options) > 0 && c.options[0] == nbdtest.OptExtendedHeaders {
+			if slices.Contains(c.options, nbdtest.OptExtendedHeaders) {
 				disc = extRequest(nbdtest.CmdDisc, 0, 0, 0, 0)
 			} else {
 				disc = request(nbdtest.CmdDisc, 0, 0, 0, 0)
