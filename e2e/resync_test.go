@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -166,6 +167,10 @@ func TestWipedNode(t *testing.T) {
 	asks.cli("node", "replace", victim.name)
 	asks.cli("wait", "db", "--for", "healthy", "--timeout", "60s")
 	c.replicasEqual("db")
+	// 16 of 32 MiB were written; holes stay holes in the copy.
+	if n := allocated(t, victim.dataFile()); n > 17<<20 {
+		t.Errorf("the copy on %s takes %d bytes of its disk, and 16 MiB were written", victim.name, n)
+	}
 }
 
 // verifyTime is how long TestVerify compares under load, at the least three
@@ -232,6 +237,16 @@ func TestVerify(t *testing.T) {
 	if v, err := valueOf(b); err != nil || v != 1+20<<20 {
 		t.Errorf("after the repairs a block has value %d (%v), want %d", v, err, 1+20<<20)
 	}
+}
+
+// allocated is what a file takes of its disk, in bytes.
+func allocated(t *testing.T, name string) int64 {
+	t.Helper()
+	var st syscall.Stat_t
+	if err := syscall.Stat(name, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
 }
 
 func readByte(t *testing.T, name string, off int64) byte {

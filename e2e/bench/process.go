@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -131,15 +132,23 @@ func settle(ps []*process) (float64, error) {
 	return last, err
 }
 
-// freeAddress returns a loopback address that nobody listens on.
+// freeAddress returns a loopback address that nobody listens on, and that it has
+// returned to nobody else: the kernel may offer a port again once it is closed.
 func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return "", err
+		}
+		address := l.Addr().String()
+		closeAll(l)
+		if _, given := givenAddresses.LoadOrStore(address, true); !given {
+			return address, nil
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
 }
+
+var givenAddresses sync.Map
 
 // awaitPort waits until somebody listens there.
 func awaitPort(ctx context.Context, address string, p *process) error {
