@@ -338,6 +338,7 @@ type read struct {
 	gen    uint64 // cache generation of the session
 	epoch  ident.Epoch
 	busy   bool // bytes are being read; else it waits for a barrier
+	since  core.Instant
 	show   []ident.Position
 	store  []bool    // which blocks the overlay does not have
 	newest ident.Seq // the newest entry of the overlay that shows
@@ -398,7 +399,8 @@ func (s *Sim) readTry(n *node, r *read) {
 		s.barrier(n, r, r.newest)
 		return
 	}
-	r.busy = true
+	r.busy, r.since = true, s.clock(n)
+	n.readAt = r.since
 	s.at(s.delay(0, 3*ms), event{kind: evRead, node: n.i, gen: n.gen, x: r.id})
 }
 
@@ -451,6 +453,10 @@ func (s *Sim) readEnd(n *node, id uint64) {
 	if r == nil || !r.busy {
 		return
 	}
+	if wait := n.disk.hungTo - s.now; wait > 0 {
+		s.at(wait, event{kind: evRead, node: n.i, gen: n.gen, x: id})
+		return
+	}
 	for i := range r.show {
 		if r.store[i] {
 			r.show[i] = n.disk.store.cur[r.block+i]
@@ -474,6 +480,16 @@ func (s *Sim) readEnd(n *node, id uint64) {
 		return
 	}
 	s.endRead(n, r, wire.StatusOK)
+}
+
+// oldestRead is since when a read has been with the disk; 0: none is.
+func (n *node) oldestRead() (at core.Instant) {
+	for i := range n.reads {
+		if r := &n.reads[i]; r.busy && (at == 0 || r.since < at) {
+			at = r.since
+		}
+	}
+	return at
 }
 
 func (s *Sim) readAgain(n *node, id uint64) {

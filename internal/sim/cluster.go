@@ -81,6 +81,9 @@ func (s *Sim) newView() {
 		Set: v.InSync, SetVersion: v.SetVersion, MinCopies: v.Options.MinCopies, Generation: v.Generation,
 		LossEpoch: v.LossEpoch, HoldNanos: s.opt.Hold, Size: v.Size, Ack: s.opt.Ack,
 	}
+	if v.Options.ResyncRateMax > 0 {
+		view.Rates = core.Rates{Set: true, Max: v.Options.ResyncRateMax, Min: v.Options.ResyncRateMin}
+	}
 	for _, r := range v.Replicas {
 		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: r.Failed, Leaving: r.Leaving})
 	}

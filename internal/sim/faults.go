@@ -37,6 +37,7 @@ const (
 	FaultRemove                  // a replica is removed
 	FaultGrow                    // the volume is resized
 	FaultMinCopies               // min_copies is changed
+	FaultRate                    // the rates of resyncs are changed
 	FaultEcho                    // a command of long ago comes again, under another id
 	faultKinds
 )
@@ -44,7 +45,7 @@ const (
 var faultNames = [faultKinds]string{
 	"kill", "power", "clean-stop", "stop", "partition", "link", "flap", "slow", "hang", "disk", "switchover",
 	"raft-stall", "controller", "power-all", "forget", "doubt",
-	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies", "echo",
+	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies", "rate", "echo",
 }
 
 func (f Fault) String() string { return faultNames[f] }
@@ -130,7 +131,7 @@ func (s *Sim) Inject(f Fault, i int) {
 		s.split()
 	case FaultLongHang:
 		n.disk.hungTo = s.now + s.delay(s1, 10*s1)
-	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultEcho, faultKinds:
+	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultRate, FaultEcho, faultKinds:
 	}
 }
 

@@ -269,6 +269,19 @@ var fieldScenarios = []scenario{
 		s.Write(q, 3)
 		s.Converge(0, 1, 2)
 	}},
+	{"reads-that-hang-hand-over", Options{}, func(s *Sim) {
+		// Nothing is written; a read of the backing store does not return.
+		p := s.AwaitPrimary()
+		q := (p + 1) % 3
+		s.Write(q, 5)
+		s.RunFor(500 * ms)
+		s.HangDisk(p, 10*s1)
+		r := s.Ask(q, opRead, 0, 4)
+		s.Await(5*s1, "another primary", func() bool { k := s.Primary(); return k >= 0 && k != p })
+		s.Await(5*s1, "the answer", func() bool { return !r.op.on })
+		s.RunFor(10 * s1)
+		s.Converge(0, 1, 2)
+	}},
 	{"append-that-hangs-hands-over", Options{}, func(s *Sim) {
 		// Not the fsync but the write itself hangs: the loop stands still.
 		p := s.AwaitPrimary()

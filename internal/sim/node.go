@@ -66,6 +66,7 @@ type node struct {
 	logReads   []core.LogRead
 	reads      []read
 	readID     uint64
+	readAt     core.Instant // of the newest read that was served here
 	drains     []drainCall
 	change     *setCommand
 
@@ -174,7 +175,7 @@ func (s *Sim) start(n *node) {
 	n.sync.on, n.sync.again, n.apply.on, n.ckpt.on, n.ckpt.again = false, false, false, false, false
 	n.blocks, n.blockReads = n.blocks[:0], n.blockReads[:0]
 	n.logReads, n.reads, n.drains, n.change = n.logReads[:0], n.reads[:0], n.drains[:0], nil
-	n.openTo = 0
+	n.openTo, n.readAt = 0, 0
 	if n.replica {
 		s.open(n)
 	}
@@ -319,6 +320,8 @@ func (s *Sim) feed(n *node, now core.Instant, in *input) {
 	c := n.core
 	switch in.kind {
 	case inTick:
+		c.ClientAt(n.readAt)
+		c.DiskRead(n.oldestRead())
 		c.Tick(now)
 	case inMsg:
 		c.Message(now, s.nodes[in.b].name, in.msg)

@@ -43,6 +43,11 @@ var orders = map[Fault]func(*Sim, *node){
 			s.command(n.i, c)
 		}
 	},
+	FaultRate: func(s *Sim, n *node) {
+		k := 8 + s.rng.Int64N(200)
+		most, least := blockSize*k, blockSize*(4+s.rng.Int64N(k-4))
+		s.command(n.i, state.Command{SetOptions: &state.SetOptions{Volume: volumeID, ResyncRateMax: &most, ResyncRateMin: &least}})
+	},
 	FaultMinCopies: func(s *Sim, n *node) {
 		k := 1 + s.rng.IntN(min(2, len(s.cl.vol().Replicas)))
 		s.command(n.i, state.Command{SetOptions: &state.SetOptions{Volume: volumeID, MinCopies: &k}})
