@@ -79,7 +79,7 @@ func (y *tally) add(seed uint64, r *Result) {
 // playAll plays the histories from+1 … from+n, one a processor at a time, and
 // begins no further one after most have failed. The seeds are begun in order, so
 // the lowest that fails is the same in each run.
-func playAll(from, n uint64, most int) tally {
+func playAll(t *testing.T, from, n uint64, most int) tally {
 	y := tally{excused: map[string]int{}, failures: map[uint64]error{}}
 	var mu sync.Mutex
 	next := from
@@ -94,10 +94,16 @@ func playAll(from, n uint64, most int) tally {
 				}
 				next++
 				seed := next
+				if (seed-from)%10_000 == 0 {
+					t.Logf("%d of %d begun, %d failed", seed-from, n, len(y.failures))
+				}
 				mu.Unlock()
 				r := Run(Draw(seed))
 				mu.Lock()
 				y.add(seed, &r)
+				if r.Err != nil {
+					t.Logf("seed %d fails", seed)
+				}
 				mu.Unlock()
 			}
 		})
@@ -110,7 +116,7 @@ func playAll(from, n uint64, most int) tally {
 // plays it again.
 func TestHistories(t *testing.T) {
 	from, n := seeds(t)
-	y := playAll(from, n, failuresMax())
+	y := playAll(t, from, n, failuresMax())
 	for _, seed := range slices.Sorted(maps.Keys(y.failures)) {
 		t.Errorf("seed %d: %v\nplay it again: go test -tags invariants ./internal/sim -run TestSeed -seed=%d -v -events", seed, y.failures[seed], seed)
 	}
