@@ -74,7 +74,7 @@ sim: ## simulated clusters; SEEDS=1000000 runs on, a failing seed is printed; th
 # What 1,000 histories and the scenarios reach of the state machine, by themselves.
 sim-coverage: ## statements of the state machine that the simulator reaches: fails below 90 %
 	@mkdir -p build
-	BLOCKSTEP_SIM_SEEDS=1000 go test -timeout 0 -count 1 -run 'TestHistories|TestScenario' \
+	BLOCKSTEP_SIM_SEEDS=1000 go test -tags invariants -timeout 0 -count 1 -run 'TestHistories|TestScenario' \
 		-coverpkg ./replication/core,./raft/state -coverprofile build/sim.cover ./internal/sim >build/sim.cover.log || { cat build/sim.cover.log; exit 1; }
 	@awk -F '[: ]' '/replication\/core\/|raft\/state\/(seal|promote)\.go/ { n = split($$1, p, "/"); f = p[n-2] "/" p[n-1] "/" p[n]; \
 		all[f] += $$3; if ($$4 > 0) hit[f] += $$3 } \
