@@ -186,7 +186,8 @@ func TestAHungDisk(t *testing.T) {
 	t.Parallel()
 	nodes := diskCluster(t, "volume: {stall_timeout: 1s}\n")
 	beta, gamma := nodes["beta"], nodes["gamma"]
-	defer beta.writer()()
+	stop := beta.writer()
+	defer stop()
 	for _, tc := range []struct {
 		name string
 		op   vfs.Op
@@ -210,6 +211,7 @@ func TestAHungDisk(t *testing.T) {
 		asks.hasEvent("stalled", "answers again")
 		asks.healthy("db")
 	}
+	stop()
 	beta.same("alpha", "beta", "gamma")
 }
 
@@ -220,7 +222,8 @@ func TestADiskThatFails(t *testing.T) {
 	t.Parallel()
 	nodes := diskCluster(t, "")
 	beta := nodes["beta"]
-	defer beta.writer()()
+	stop := beta.writer()
+	defer stop()
 	for _, tc := range []struct {
 		name, victim, part string
 		op                 vfs.Op
@@ -260,6 +263,7 @@ func TestADiskThatFails(t *testing.T) {
 		}
 		beta.healthy("db")
 	}
+	stop()
 	beta.same("alpha", "beta", "gamma")
 }
 
@@ -270,7 +274,8 @@ func TestADiskThatIsFull(t *testing.T) {
 	t.Parallel()
 	nodes := diskCluster(t, "")
 	beta, gamma := nodes["beta"], nodes["gamma"]
-	defer beta.writer()()
+	stop := beta.writer()
+	defer stop()
 	for _, part := range []string{"/log/", "/data"} {
 		gamma.faults.on(syscall.ENOSPC, part, vfs.OpWrite, vfs.OpAllocate)
 		beta.sees("gamma", control.Failed, "no space left")
@@ -283,6 +288,7 @@ func TestADiskThatIsFull(t *testing.T) {
 		gamma.faults.off()
 		beta.healthy("db")
 	}
+	stop()
 	beta.same("alpha", "beta", "gamma")
 }
 
