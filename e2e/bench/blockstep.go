@@ -148,8 +148,8 @@ func (c *cluster) secondaries(primary string) []string {
 func (c *cluster) uri(node, volume string) string { return "nbd://" + c.nodes[node].nbd + "/" + volume }
 
 // newBlockstep is three copies, acknowledged by two.
-func newBlockstep(ctx context.Context, o *options, dir string, size int64) (_ *system, err error) {
-	c, err := startCluster(ctx, o.bin, dir)
+func newBlockstep(ctx context.Context, bin string, remote bool, dir string, size int64) (_ *system, err error) {
+	c, err := startCluster(ctx, bin, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -167,7 +167,7 @@ func newBlockstep(ctx context.Context, o *options, dir string, size int64) (_ *s
 		if err != nil {
 			return err
 		}
-		if o.remote {
+		if remote {
 			node = c.secondaries(node)[0]
 		}
 		s.uri = c.uri(node, "bench")

@@ -29,6 +29,7 @@ import (
 type options struct {
 	suite   string
 	bin     string
+	against string
 	dir     string
 	json    string
 	only    *regexp.Regexp
@@ -52,8 +53,9 @@ func main() {
 func parse() (options, error) {
 	var o options
 	var only string
-	flag.StringVar(&o.suite, "suite", "table", "table, stress, scale or resync")
+	flag.StringVar(&o.suite, "suite", "table", "table, compare, stress, scale or resync")
 	flag.StringVar(&o.bin, "bin", "bin", "directory of blockstep and blockstepd")
+	flag.StringVar(&o.against, "against", "", "directory of other binaries, for the compare suite")
 	flag.StringVar(&o.dir, "dir", "", "where the images go (default: a new directory under TMPDIR)")
 	flag.StringVar(&o.json, "json", "", "write the results to this file")
 	flag.StringVar(&only, "only", "", "regular expression of the rows to run")
@@ -74,7 +76,12 @@ func parse() (options, error) {
 	if o.only, err = regexp.Compile(only); err != nil {
 		return o, fmt.Errorf("-only: %w", err)
 	}
-	o.bin, err = filepath.Abs(o.bin)
+	if o.bin, err = filepath.Abs(o.bin); err != nil {
+		return o, err
+	}
+	if o.against != "" {
+		o.against, err = filepath.Abs(o.against)
+	}
 	return o, err
 }
 
@@ -93,6 +100,8 @@ func run(ctx context.Context) (err error) {
 	switch o.suite {
 	case "table":
 		err = runTable(ctx, &o, report)
+	case "compare":
+		err = runCompare(ctx, &o, report)
 	case "stress":
 		err = runStress(ctx, &o, report)
 	case "scale":
@@ -100,7 +109,7 @@ func run(ctx context.Context) (err error) {
 	case "resync":
 		err = runResync(ctx, &o, report)
 	default:
-		err = fmt.Errorf("no suite %q: table, stress, scale or resync", o.suite)
+		err = fmt.Errorf("no suite %q: table, compare, stress, scale or resync", o.suite)
 	}
 	if err != nil {
 		return err
