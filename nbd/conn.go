@@ -188,7 +188,7 @@ func (c *conn) run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(c.runWriter)
 	err := c.runReader()
-	c.Flush()
+	c.uncork()
 	switch {
 	case errors.Is(err, errDisconnected), errors.Is(err, errDraining):
 		// What is in flight is answered first. A client that asked to
@@ -321,9 +321,8 @@ func (c *conn) admit(n int64) (*request, error) {
 			return q, nil
 		}
 		c.mu.waiting = true
-		c.mu.submitting = nil
 		c.mu.Unlock()
-		c.Flush()
+		c.uncork() // what has not been started never makes room
 		select {
 		case <-c.wake:
 		case <-c.done:

@@ -68,6 +68,12 @@ type Session interface {
 	// The server calls Submit from one goroutine at a time. The session calls
 	// r.Complete exactly once, from any goroutine.
 	Submit(r *Request)
+	// Uncork is called, by the goroutine that calls Submit, after the last of
+	// the requests that were read together, and before the server waits for
+	// anything. A session may put off until then what is cheaper to do for
+	// several requests at once. It may wait for the session's own disk; the
+	// connection takes no further request meanwhile.
+	Uncork()
 	// MetaContext prepares a negotiated meta context (a name as in
 	// Info.MetaContexts, with its parameter). The returned id goes into
 	// Request.Contexts.

@@ -37,6 +37,7 @@ func (e fuzzExport) Open(ctx context.Context, name string, _ Client) (Session, e
 
 func (s *fuzzSession) Info() Info { return fuzzInfo }
 func (s *fuzzSession) Close()     { s.closed = true }
+func (s *fuzzSession) Uncork()    {}
 func (s *fuzzSession) MetaContext(name string) (uint32, error) {
 	if name == "x-fuzz:bad" {
 		return 0, ErrInvalid

@@ -64,11 +64,13 @@ func (c *conn) drainReason() error {
 	return errDraining
 }
 
-// uncork sends what was completed inside Submit, before the reader waits.
+// uncork starts what the session has put off, and sends what was completed
+// inside Submit, before the reader waits.
 func (c *conn) uncork() {
 	c.mu.Lock()
 	c.mu.submitting = nil
 	c.mu.Unlock()
+	c.session.Uncork()
 	c.Flush()
 }
 

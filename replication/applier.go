@@ -126,7 +126,8 @@ func (rp *replica) runApplier(ctx context.Context) {
 		}
 		rp.applier.advance(seq)
 		rp.checkpointer.note(bytes)
-		rp.in.push(input{kind: inApplied, seq: seq, id: gen})
+		rp.in.pushQuiet(input{kind: inApplied, seq: seq, id: gen})
+		rp.turn()
 	}
 }
 

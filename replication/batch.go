@@ -37,9 +37,10 @@ func (b *completions) flush() {
 	b.flushers = b.flushers[:0]
 }
 
-// HandleBatch is Handle for envelopes that a link has delivered together, in
-// order and all for this volume. The caller calls Links.Flush after the last
-// one of a delivery.
+// HandleBatch takes over envelopes that a link has delivered together, in order
+// and all for this volume, and frees them. It may be called from several
+// goroutines, for one peer from one at a time. It does not wait for the disk:
+// the caller calls Settle after the last one of a delivery.
 func (v *Volume) HandleBatch(from ident.Node, envs []wire.Envelope) {
 	var b completions
 	for i := range envs {
@@ -48,10 +49,19 @@ func (v *Volume) HandleBatch(from ident.Node, envs []wire.Envelope) {
 	b.flush()
 }
 
-// Handle takes over what a link delivers for this volume, and frees it. It may
-// be called from several goroutines, for one peer from one at a time.
+// Settle performs what HandleBatch and Session.Queue have brought, on the
+// caller's goroutine, unless another one is at that already, which then finds
+// it. The caller holds no lock. It may wait for the disk, and as long as that
+// hangs.
+func (v *Volume) Settle() {
+	if rp := v.rep(); rp != nil {
+		rp.turn()
+	}
+	v.opts.Links.Flush()
+}
+
+// Handle is HandleBatch and Settle for one envelope.
 func (v *Volume) Handle(from ident.Node, env wire.Envelope) {
-	var b completions
-	v.handle(from, env, &b)
-	b.flush()
+	v.HandleBatch(from, []wire.Envelope{env})
+	v.Settle()
 }

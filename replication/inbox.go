@@ -35,13 +35,31 @@ type input struct {
 	call func(now core.Instant)
 }
 
-// inbox is where everybody leaves inputs and the loop takes them all at once.
+// turnState says who steps the core.
+type turnState uint8
+
+const (
+	turnFree   turnState = iota // nobody: whoever has brought something may
+	turnTaken                   // a goroutine is at it, and sees what others leave meanwhile
+	turnHanded                  // it was given up to the loop, which has been woken
+	turnOver                    // the replica has ended: nobody does any more
+)
+
+// inbox is where everybody leaves inputs, and where the turn lies: the right to
+// take them all at once and to step the core. One goroutine has it at a time.
+//
+// An input is never forgotten. Whoever leaves one either takes the turn after
+// it (turn), or wakes the loop, which does (push). Who finds the turn taken
+// leaves it at that: the turn is given back under the lock under which inputs
+// are left, and only when there are none.
 type inbox struct {
-	mu     sync.Mutex
-	items  []input
-	spare  []input
-	closed bool
-	wake   chan struct{} // of capacity one
+	mu      sync.Mutex
+	items   []input
+	spare   []input
+	closed  bool
+	turn    turnState
+	tickDue bool
+	wake    chan struct{} // of capacity one: the loop is to look
 }
 
 func newInbox() *inbox { return &inbox{wake: make(chan struct{}, 1)} }
@@ -56,7 +74,8 @@ func (b *inbox) push(in input) bool {
 	return true
 }
 
-// pushQuiet leaves an input that can wait for the next batch or tick.
+// pushQuiet leaves an input for the next turn. The caller takes it soon, or the
+// input can wait for the next tick.
 func (b *inbox) pushQuiet(in input) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -67,10 +86,72 @@ func (b *inbox) pushQuiet(in input) bool {
 	return true
 }
 
-// take returns all inputs; they are valid until the next take.
-func (b *inbox) take() []input {
+// enter takes the turn if it is free and there is something to do. The loop
+// also takes one that was handed over to it.
+func (b *inbox) enter(loop bool) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	switch {
+	case b.turn == turnFree && (len(b.items) > 0 || b.tickDue), loop && b.turn == turnHanded:
+		b.turn = turnTaken
+		return true
+	}
+	return false
+}
+
+// next returns all inputs to who has the turn; they are valid until the next
+// call. When there are none, and no tick is due, it gives the turn back and
+// returns false.
+func (b *inbox) next() ([]input, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.items) == 0 && !b.tickDue {
+		b.turn = turnFree
+		if b.closed {
+			signal(b.wake) // the loop waits for the end of the last turn
+		}
+		return nil, false
+	}
+	b.tickDue = false
+	return b.swapLocked(), true
+}
+
+// handOver gives the turn up to the loop.
+func (b *inbox) handOver() {
+	b.mu.Lock()
+	b.turn = turnHanded
+	b.mu.Unlock()
+	signal(b.wake)
+}
+
+// end makes the last turn the last one. It returns false when somebody has it,
+// or there is something left to do; the loop is then woken when that has changed.
+func (b *inbox) end() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.turn != turnFree || len(b.items) > 0 {
+		return false
+	}
+	b.turn = turnOver
+	return true
+}
+
+// tick makes a tick due: whoever has the turn, or takes it next, looks at the
+// clock.
+func (b *inbox) tick() {
+	b.mu.Lock()
+	b.tickDue = true
+	b.mu.Unlock()
+}
+
+// rest returns what nobody has taken, after the end.
+func (b *inbox) rest() []input {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.swapLocked()
+}
+
+func (b *inbox) swapLocked() []input {
 	items := b.items
 	clear(b.spare)
 	b.items, b.spare = b.spare[:0], items
@@ -95,10 +176,11 @@ func (b *inbox) peer(node ident.Node, up bool) {
 
 func (b *inbox) forget(session uint64) { b.push(input{kind: inForget, id: session}) }
 
-func (b *inbox) request(r *Request) bool { return b.push(input{kind: inRequest, req: r}) }
+// request and message are quiet: see pushQuiet.
+func (b *inbox) request(r *Request) bool { return b.pushQuiet(input{kind: inRequest, req: r}) }
 
 func (b *inbox) message(from ident.Node, env wire.Envelope) {
-	if !b.push(input{kind: inMessage, from: from, env: env}) {
+	if !b.pushQuiet(input{kind: inMessage, from: from, env: env}) {
 		env.Free()
 	}
 }

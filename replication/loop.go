@@ -10,35 +10,68 @@ import (
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
-// runLoop owns the core: it alone calls it, feeds it what is in the inbox and
-// performs what it decides, until ctx ends or the inbox is closed and empty.
+// turnRoundsMax is how many batches a goroutine feeds to the core that has work
+// of its own, before it leaves the rest to the loop: it is some milliseconds
+// away from its socket then, under the heaviest load.
+const turnRoundsMax = 16
+
+// turn steps the core with what is in the inbox, on the caller's goroutine. If
+// another one is at that already, it does nothing: that one goes on until the
+// inbox is empty. The caller holds no lock, since answers are given and messages
+// sent from here; it may have to wait for the disk.
+func (rp *replica) turn() {
+	if rp.in.enter(false) {
+		rp.step(turnRoundsMax)
+	}
+}
+
+// runLoop takes the turns that nobody else takes: ticks, what was left quietly
+// or by a goroutine that cannot wait, and the rest of a turn that was too long.
+// It ends when ctx has ended, the inbox is closed and empty, and nobody has the
+// turn.
 func (rp *replica) runLoop(ctx context.Context) {
-	every := rp.opt.Heartbeat / 2
-	ticker := time.NewTicker(every)
+	ticker := time.NewTicker(rp.tickEvery())
 	defer ticker.Stop()
-	next := rp.clock.Boot()
+	done := ctx.Done()
+	rp.in.tick()
 	for {
-		batch := rp.in.take()
-		now := rp.clock.Boot()
-		if len(batch) == 0 && now < next {
-			if ctx.Err() != nil {
-				return
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-rp.in.wake:
-			case <-ticker.C:
-			}
-			continue
+		if rp.in.enter(true) {
+			rp.step(0)
 		}
+		if done == nil && rp.in.end() {
+			return
+		}
+		select {
+		case <-done:
+			done = nil
+		case <-rp.in.wake:
+		case <-ticker.C:
+			rp.in.tick()
+		}
+	}
+}
+
+// tickEvery is the time between two ticks of the core.
+func (rp *replica) tickEvery() time.Duration { return rp.opt.Heartbeat / 2 }
+
+// step feeds the core what is in the inbox, again and again, and performs what
+// it decides, until the inbox is empty; after the given number of batches (0: no
+// limit) it leaves the rest to the loop. The caller has the turn, and has lost
+// it when step returns.
+func (rp *replica) step(rounds int) {
+	for n := 1; ; n++ {
+		batch, ok := rp.in.next()
+		if !ok {
+			return
+		}
+		now := rp.clock.Boot()
 		rp.core.ClientAt(core.Instant(rp.readAt.Load()))
 		for i := range batch {
 			rp.feed(&batch[i], now)
 		}
-		if now >= next {
-			// By the clock, not by the ticker: a busy loop never sleeps.
-			next = now + core.Instant(every)
+		if now >= rp.nextTick {
+			// By the clock, not by the ticker: who is busy finds it due, too.
+			rp.nextTick = now + core.Instant(rp.tickEvery())
 			rp.core.DiskRead(rp.readers.oldest())
 			rp.core.Tick(now)
 			rp.tickBarriers(now)
@@ -51,6 +84,10 @@ func (rp *replica) runLoop(ctx context.Context) {
 		}
 		rp.disk.loop.Store(0)
 		rp.v.opts.Links.Flush()
+		if n == rounds {
+			rp.in.handOver()
+			return
+		}
 	}
 }
 
@@ -157,7 +194,7 @@ func (rp *replica) tickBarriers(now core.Instant) {
 	}
 }
 
-// call runs fn on the loop and waits for it. It returns ErrClosed when the
+// call runs fn in a turn and waits for it. It returns ErrClosed when the
 // replica is stopped.
 func (rp *replica) call(ctx context.Context, fn func(now core.Instant)) error {
 	done := make(chan struct{})

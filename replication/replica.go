@@ -73,7 +73,8 @@ type replica struct {
 	wg       sync.WaitGroup // all but the loop
 	loopDone chan struct{}
 
-	// What follows is the loop's own.
+	// What follows belongs to who has the turn.
+	nextTick   core.Instant
 	core       *core.Core
 	effects    core.Effects
 	published  core.Gate
@@ -216,7 +217,7 @@ func (rp *replica) stop(clean bool) error {
 
 // dropInputs ends what was left in the inbox or waits for a barrier.
 func (rp *replica) dropInputs() {
-	for _, in := range rp.in.take() {
+	for _, in := range rp.in.rest() {
 		in.env.Free()
 		if in.req != nil {
 			rp.v.finishOp(in.req, wire.StatusRetry, ident.Position{}, nil)

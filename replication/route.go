@@ -110,8 +110,7 @@ func (v *Volume) sendLocked(r *Request, to ident.Node, echo int64) {
 	}
 	r.sent = true
 	v.table[r.id] = r
-	v.opts.Links.Send(to, v.opts.Volume, f)
-	v.opts.Links.Flush()
+	v.opts.Links.Send(to, v.opts.Volume, f) // Settle lets it go
 }
 
 // holdLocked lets a request wait for a primary.
@@ -213,6 +212,7 @@ func (v *Volume) releaseHeld() int {
 		}
 		v.route(r)
 	}
+	v.Settle()
 	v.cmu.Lock()
 	waiting := len(v.held)
 	clear(held)
@@ -274,9 +274,18 @@ func (v *Volume) handleReply(from ident.Node, m *wire.Reply, b *completions) {
 func (v *Volume) undone(r *Request) {
 	if to := v.targetOf(r); to != "" && to != r.target && r.sess.replicaOf == "" {
 		v.route(r)
+		v.wakeLoop() // who gave it back may hold the turn, or a lock
+		v.opts.Links.Flush()
 		return
 	}
 	v.hold(r)
+}
+
+// wakeLoop lets the replica's loop look at what was left in the inbox.
+func (v *Volume) wakeLoop() {
+	if rp := v.rep(); rp != nil {
+		signal(rp.in.wake)
+	}
 }
 
 // takeReply copies the result of a read into the request.

@@ -78,9 +78,16 @@ func (s *Session) Size() uint64 { return s.v.size.Load() }
 // ReadOnly reports whether the session may not change anything.
 func (s *Session) ReadOnly() bool { return s.replicaOf != "" }
 
-// Submit starts a request. It does not wait for a peer or a disk. One goroutine
-// calls it at a time.
+// Submit starts a request: Queue and Flush. One goroutine calls either at a time.
 func (s *Session) Submit(r *Request) {
+	s.Queue(r)
+	s.Flush()
+}
+
+// Queue takes a request, and waits for nothing. It may answer the request, or
+// begin it, before it returns; one that is to change something, or is for another
+// node, may also wait for the next Flush. One goroutine calls it at a time.
+func (s *Session) Queue(r *Request) {
 	if err := s.check(r); err != nil {
 		r.Complete(r, err)
 		return
@@ -94,6 +101,10 @@ func (s *Session) Submit(r *Request) {
 	r.begin(s)
 	s.v.route(r)
 }
+
+// Flush starts what Queue has taken: many requests in one go. It may wait for
+// the log's disk, and as long as that hangs; it waits for no peer.
+func (s *Session) Flush() { s.v.Settle() }
 
 // check judges a request against the volume as it is.
 func (s *Session) check(r *Request) error {

@@ -144,6 +144,7 @@ func (rp *replica) runSyncer(ctx context.Context) {
 			return
 		}
 		rp.syncer.done(seq, gen)
-		rp.in.push(input{kind: inSyncEnded, seq: seq, id: gen})
+		rp.in.pushQuiet(input{kind: inSyncEnded, seq: seq, id: gen})
+		rp.turn()
 	}
 }

@@ -204,8 +204,11 @@ func (s *session) Submit(r *nbd.Request) {
 	c.FUA, c.NoHole, c.ReqOne = r.FUA, r.NoHole, r.ReqOne
 	c.Offset, c.Length, c.Data = r.Offset, r.Length, r.Data
 	c.Extents = c.Extents[:0]
-	s.s.Submit(&c.Request)
+	s.s.Queue(&c.Request)
 }
+
+// Uncork implements nbd.Session.
+func (s *session) Uncork() { s.s.Flush() }
 
 func completeCarried(rr *replication.Request, err error) {
 	r := unload(rr, err)

@@ -69,6 +69,15 @@ func (d *Daemon) Messages(from ident.Node, batch []wire.Envelope) {
 		}
 		batch = batch[n:]
 	}
+}
+
+// Settle implements peer.Handler.
+func (d *Daemon) Settle(_ ident.Node, vols []ident.Volume) {
+	for _, id := range vols {
+		if v := d.volume(id); v != nil {
+			v.driver.Settle()
+		}
+	}
 	d.links.Flush()
 }
 

@@ -255,6 +255,9 @@ func (s *memSession) MetaContext(name string) (uint32, error) {
 	return uint32(len(s.since)), nil
 }
 
+// Uncork does nothing: Submit has completed the request.
+func (s *memSession) Uncork() {}
+
 func (s *memSession) Submit(r *nbd.Request) {
 	d := s.d
 	switch r.Op {

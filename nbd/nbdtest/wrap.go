@@ -58,6 +58,7 @@ func (s *interceptedSession) next(r *nbd.Request) {
 		return
 	}
 	s.Session.Submit(r)
+	s.Session.Uncork() // it may not be the server's goroutine that we are on
 }
 
 func (s *interceptedSession) Close() {

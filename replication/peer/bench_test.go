@@ -24,6 +24,8 @@ func newCounter(acks bool) *counter {
 	return &counter{recorder: newRecorder(), acks: acks, wake: make(chan struct{}, 1)}
 }
 
+func (*counter) Settle(ident.Node, []ident.Volume) {}
+
 func (c *counter) Messages(from ident.Node, batch []wire.Envelope) {
 	m := c.m.Load()
 	for i := range batch {

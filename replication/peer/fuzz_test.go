@@ -13,6 +13,8 @@ import (
 // discard is a Handler that takes everything.
 type discard struct{}
 
+func (discard) Settle(ident.Node, []ident.Volume) {}
+
 func (discard) Messages(_ ident.Node, batch []wire.Envelope) {
 	for i := range batch {
 		batch[i].Free()

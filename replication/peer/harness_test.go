@@ -30,6 +30,8 @@ func newRecorder() *recorder {
 	return &recorder{events: make(chan string, 1000), got: make(chan wire.Envelope, 100_000)}
 }
 
+func (*recorder) Settle(ident.Node, []ident.Volume) {}
+
 func (r *recorder) Messages(_ ident.Node, batch []wire.Envelope) {
 	for _, e := range batch {
 		r.got <- e

@@ -46,6 +46,10 @@ const (
 	backoffFirst = 50 * time.Millisecond
 	backoffLast  = time.Second
 
+	// watchesPerPing is how often in a ping interval it is looked whether the
+	// reader of a connection is held up: with pings every 300 ms one that is
+	// has been so for 100 to 200 ms, well below any lease.
+	watchesPerPing = 3
 	// heardPings is the number of ping intervals without a sign of life after
 	// which a peer counts as not heard.
 	heardPings = 4

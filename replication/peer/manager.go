@@ -50,9 +50,14 @@ type Limits struct {
 type Handler interface {
 	// Messages delivers what has arrived together from one peer, in order. The
 	// handler takes over each message and calls Free on its envelope when done;
-	// the slice itself belongs to the link again when Messages returns. It may
-	// block: the peer is then held back by TCP.
+	// the slice itself belongs to the link again when Messages returns. It does
+	// not block: what takes time waits for Settle.
 	Messages(from ident.Node, batch []wire.Envelope)
+	// Settle is called after Messages with the volumes that the batch was
+	// about, on the goroutine that reads the connection. It may block, on a disk
+	// say: after a while another goroutine goes on reading, so that several
+	// calls for one peer may be under way.
+	Settle(from ident.Node, vols []ident.Volume)
 	// Up is called when messages can be sent to node.
 	Up(node ident.Node)
 	// Down is called when the link to node is lost: what was sent before may
@@ -254,13 +259,16 @@ func (m *Manager) begin() bool {
 // too long.
 func (m *Manager) runTicker() {
 	defer m.wg.Done()
-	t := time.NewTicker(m.opt.Ping)
+	t := time.NewTicker(m.opt.Ping / watchesPerPing)
 	defer t.Stop()
-	for {
+	for n := 1; ; n++ {
 		select {
 		case <-t.C:
 			for _, l := range m.peers.Load().list {
-				l.tick()
+				l.in.watch(m)
+				if n%watchesPerPing == 0 {
+					l.tick()
+				}
 			}
 		case <-m.ctx.Done():
 			return

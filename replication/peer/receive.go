@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,8 +32,9 @@ type incoming struct {
 	deliver sync.Mutex
 
 	mu       sync.Mutex
-	conn     net.Conn // nil: none
-	instance uint64   // of the peer's process that conn belongs to
+	conn     net.Conn   // nil: none
+	now      *reception // of conn, past the handshake
+	instance uint64     // of the peer's process that conn belongs to
 	attempt  uint64
 	closed   bool
 }
@@ -92,21 +94,20 @@ func (m *Manager) Accept(conn net.Conn) {
 
 func (m *Manager) runAccepted(conn net.Conn) {
 	defer m.wg.Done()
-	defer conn.Close()
 	l, generation, version, err := m.welcome(conn)
 	<-m.handshakes
 	if err != nil {
+		conn.Close()
 		m.refuse(conn, err)
 		return
 	}
-	err = l.receive(conn, generation, version)
-	switch {
-	case l.in.generation.Load() != generation || l.ctx.Err() != nil:
-	case errors.Is(err, io.EOF):
-		m.log.Info("the peer closed its connection", "peer", l.node)
-	default:
-		m.log.Warn("connection from the peer ended", "peer", l.node, "err", err)
+	rc := &reception{l: l, conn: conn, generation: generation, r: wire.NewReaderOf(conn, wire.Versions{Min: version, Max: version})}
+	l.in.mu.Lock()
+	if l.in.generation.Load() == generation {
+		l.in.now = rc
 	}
+	l.in.mu.Unlock()
+	rc.run()
 }
 
 // refuse logs why a dialer was turned away: it comes again every second or so,
@@ -168,35 +169,137 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 	return l, generation, version, nil
 }
 
-// receive delivers what arrives until the connection ends.
-func (l *link) receive(conn net.Conn, generation uint64, version uint8) error {
-	r := wire.NewReaderOf(conn, wire.Versions{Min: version, Max: version})
+// reception is the reading of one incoming connection.
+//
+//	reader: Next, Next, … ─► Messages ─► Settle ─► Next …
+//
+// One goroutine is its reader. While that one is in Settle, which may hang with
+// the disk of one volume, nothing that the peer says about other volumes would
+// be heard. So the watch (incoming.watch) takes the reading away from a reader
+// that stays there, and gives it to a new goroutine; the old one finds that out
+// when it returns, and ends. The order of messages stays: Messages has had them
+// before.
+type reception struct {
+	l          *link
+	conn       net.Conn
+	generation uint64
+	r          *wire.Reader // the reader's
+	stays      uint64       // of the reader in Settle, so far; the reader's
+
+	settling atomic.Uint64 // the number of the stay that is under way; 0: none
+	seen     uint64        // settling at the last watch; the watch's
+}
+
+// run is the reader, until the connection ends or the reading is taken away.
+func (rc *reception) run() {
 	batch := make([]wire.Envelope, 0, batchMax)
+	var vols []ident.Volume
 	for {
-		batch = batch[:0]
-		before := r.Bytes()
 		var err error
-		for more := true; more; more = len(batch) < batchMax && r.Ready() {
-			var e wire.Envelope
-			if err = r.Next(&e); err != nil {
-				break
-			}
-			l.in.frames.Add(1)
-			if p, ok := e.Msg.(*wire.Ping); ok {
-				l.pinged(p)
-				e.Free()
-				continue
-			}
-			batch = append(batch, e)
-		}
-		l.in.bytes.Add(r.Bytes() - before)
-		l.in.silent.Store(0)
-		if !l.hand(batch, generation) {
-			return net.ErrClosed
+		batch, err = rc.next(batch[:0])
+		vols = volumesOf(vols[:0], batch)
+		if !rc.l.hand(batch, rc.generation) {
+			err = net.ErrClosed
 		}
 		if err != nil {
-			return err
+			// Nobody may go on reading: after an error the stream is done for.
+			rc.end(err)
+			if len(vols) > 0 {
+				rc.l.m.opt.Handler.Settle(rc.l.node, vols)
+			}
+			return
 		}
+		if len(vols) > 0 && !rc.settle(vols) {
+			return
+		}
+	}
+}
+
+// next waits for messages and returns all that have arrived; with an error,
+// those before it.
+func (rc *reception) next(batch []wire.Envelope) ([]wire.Envelope, error) {
+	l, r := rc.l, rc.r
+	before := r.Bytes()
+	var err error
+	for more := true; more; more = len(batch) < batchMax && r.Ready() {
+		var e wire.Envelope
+		if err = r.Next(&e); err != nil {
+			break
+		}
+		l.in.frames.Add(1)
+		if p, ok := e.Msg.(*wire.Ping); ok {
+			l.pinged(p)
+			e.Free()
+			continue
+		}
+		batch = append(batch, e)
+	}
+	l.in.bytes.Add(r.Bytes() - before)
+	l.in.silent.Store(0)
+	return batch, err
+}
+
+// volumesOf appends each volume that the batch is about.
+func volumesOf(vols []ident.Volume, batch []wire.Envelope) []ident.Volume {
+	for i := range batch {
+		if v := batch[i].Volume; len(vols) == 0 || vols[len(vols)-1] != v && !slices.Contains(vols, v) {
+			vols = append(vols, v)
+		}
+	}
+	return vols
+}
+
+// settle reports whether the caller is still the reader.
+func (rc *reception) settle(vols []ident.Volume) bool {
+	rc.stays++
+	stay := rc.stays
+	rc.settling.Store(stay)
+	rc.l.m.opt.Handler.Settle(rc.l.node, vols)
+	return rc.settling.CompareAndSwap(stay, 0)
+}
+
+// watch gives the reading of the connection to another goroutine if its reader
+// has been in one and the same Settle since the last call.
+func (in *incoming) watch(m *Manager) {
+	in.mu.Lock()
+	rc := in.now
+	in.mu.Unlock()
+	if rc == nil {
+		return
+	}
+	stay := rc.settling.Load()
+	if stay == 0 || stay != rc.seen {
+		rc.seen = stay
+		return
+	}
+	if !m.begin() {
+		return
+	}
+	if !rc.settling.CompareAndSwap(stay, 0) {
+		m.wg.Done()
+		return
+	}
+	go func() {
+		defer m.wg.Done()
+		rc.run()
+	}()
+}
+
+// end closes the connection, and says why it ended.
+func (rc *reception) end(err error) {
+	rc.conn.Close()
+	l := rc.l
+	l.in.mu.Lock()
+	if l.in.now == rc {
+		l.in.now = nil
+	}
+	l.in.mu.Unlock()
+	switch {
+	case l.in.generation.Load() != rc.generation || l.ctx.Err() != nil:
+	case errors.Is(err, io.EOF):
+		l.m.log.Info("the peer closed its connection", "peer", l.node)
+	default:
+		l.m.log.Warn("connection from the peer ended", "peer", l.node, "err", err)
 	}
 }
 
