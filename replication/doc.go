@@ -6,10 +6,12 @@
 //
 // # The replica
 //
-// One goroutine, the loop, owns the core (core.Core). Everything that happens,
-// a message, a request, the end of an fsync, is put into an inbox; the loop
-// takes the whole inbox at once, feeds it to the core, and performs the effects
-// in their documented order. Beside it run the syncer (fdatasync of the log),
+// One goroutine at a time has the turn: it owns the core (core.Core). Everything
+// that happens, a message, a request, the end of an fsync, is put into an inbox;
+// who has brought it takes the turn if it is free, feeds the whole inbox to the
+// core, and performs the effects in their documented order. A goroutine of the
+// replica's own, the loop, takes the turns that nobody else takes. Beside it run
+// the syncer (fdatasync of the log),
 // the applier (committed and durable entries go to the backing store), the
 // checkpointer (fdatasync of the backing store, then the recycling of the log)
 // and, for a while each, readers of the log for peers that lag.
