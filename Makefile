@@ -24,7 +24,7 @@ TIME     ?= 10m
 ARGS     ?=
 RUN      ?= .
 
-.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim sim-coverage mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel check clean man units deb
+.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim sim-coverage mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel check clean man units deb rpm deploy-check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -132,3 +132,13 @@ units: ## systemd-analyze verify on all units, and the daemon's security score
 deb: build ## the Debian package in build/, installed, upgraded and purged in a test root (as root)
 	deploy/deb/test.sh $(BIN)
 	deploy/deb/build.sh $(BIN) build
+
+rpm: build ## the RPM package in build/, installed, upgraded and erased in a test root (as root)
+	@./internal/tools/deps.sh rpm
+	deploy/rpm/test.sh $(BIN)
+	deploy/rpm/build.sh $(BIN) build
+
+deploy-check: ## alerts by promtool, the Ansible role by ansible-playbook --syntax-check
+	@./internal/tools/deps.sh deploy
+	cd deploy/prometheus && promtool check rules blockstep.rules.yaml && promtool test rules blockstep.test.yaml
+	ansible-playbook --syntax-check -i deploy/ansible/inventory.yaml deploy/ansible/blockstep.yaml

@@ -7,33 +7,25 @@ bin=$1
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-old=$(VERSION=0.0.1~test1 "$here/build.sh" "$bin" "$work")
-new=$(VERSION=0.0.1~test2 "$here/build.sh" "$bin" "$work")
+old=$(COMPRESS=none VERSION=0.0.1~test1 "$here/build.sh" "$bin" "$work")
+new=$(COMPRESS=none VERSION=0.0.1~test2 "$here/build.sh" "$bin" "$work")
 
-# A root with what the maintainer scripts use, from this system's own programs.
 r=$work/root
-mkdir -p "$r/var/lib/dpkg/info" "$r/var/lib/dpkg/updates" "$r/etc" "$r/bin" "$r/usr/bin" "$r/usr/sbin" "$r/var/lib/blockstep" "$r/dev" "$r/tmp"
+# shellcheck source=../testroot.sh
+. "$here/../testroot.sh"
+make_root
+mkdir -p "$r/var/lib/dpkg/info" "$r/var/lib/dpkg/updates"
 : >"$r/var/lib/dpkg/status"
 : >"$r/var/lib/dpkg/available"
-echo root:x:0:0:root:/root:/bin/sh >"$r/etc/passwd"
-echo root:x:0: >"$r/etc/group"
-: >"$r/dev/null"
-program() {
-	path=$(command -v "$1")
-	install -D "$path" "$r$2"
-	ldd "$path" 2>/dev/null | grep -o '/[^ ]*' | while read -r lib; do
-		[ -e "$r$lib" ] || install -D "$lib" "$r$lib"
-	done
-}
-program sh /bin/sh
-for p in getent mkdir rmdir systemd-sysusers systemd-tmpfiles; do program "$p" "/usr/bin/$p"; done
 
 do_dpkg() { dpkg --root="$r" --force-depends --log=/dev/null "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
-check() { test "$@" || { echo "test.sh: not so: $*" >&2; exit 1; }; }
 
 do_dpkg -i "$old"
 check -x "$r/usr/sbin/blockstepd"
 check -f "$r/lib/systemd/system/blockstepd.service"
+check -f "$r/lib/systemd/system/blockstep.socket"
+check -s "$r/usr/share/bash-completion/completions/blockstep"
+"$r/usr/sbin/blockstepd" --check-config --config "$r/usr/share/doc/blockstep/examples/blockstep.yaml" --node alpha
 check -n "$(grep '^blockstep:' "$r/etc/group")"
 "$r/usr/bin/blockstep" version >/dev/null
 (cd "$r" && grep -v '^$' var/lib/dpkg/info/blockstep.md5sums | md5sum -c --quiet -)

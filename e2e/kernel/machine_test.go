@@ -14,9 +14,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -221,11 +223,11 @@ func buildDisk(t *testing.T, root, kernel, disk string) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	scenarios, err := fs.Glob(guest, "guest/*")
+	scenarios, err := fs.Glob(guest, "guest/*.sh")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range scenarios {
+	for _, s := range append(scenarios, "guest/init") {
 		copyGuest(t, s, filepath.Join(root, s))
 	}
 	f, err := os.Create(disk)
@@ -289,8 +291,9 @@ func copyModules(t *testing.T, kernel, root string, names []string) {
 			copyFile(t, filepath.Join(from, m), filepath.Join(to, m), 0o644)
 		}
 	}
-	for _, m := range []string{"modules.dep", "modules.alias", "modules.builtin", "modules.softdep"} {
-		copyFile(t, filepath.Join(from, m), filepath.Join(to, m), 0o644)
+	meta, _ := filepath.Glob(filepath.Join(from, "modules.*"))
+	for _, m := range meta {
+		copyFile(t, m, filepath.Join(to, filepath.Base(m)), 0o644)
 	}
 }
 
@@ -338,7 +341,11 @@ type machine struct {
 
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	i := newImage(t)
+	return machineOf(t, newImage(t))
+}
+
+func machineOf(t *testing.T, i *image) *machine {
+	t.Helper()
 	dir := t.TempDir()
 	m := &machine{image: i, overlay: filepath.Join(dir, "overlay"), console: filepath.Join(dir, "console")}
 	run(t, "", "qemu-img", "create", "-q", "-f", "qcow2", "-b", i.disk, "-F", "raw", m.overlay)
@@ -364,6 +371,11 @@ func (m *machine) boot(t *testing.T, scenario string, memMiB int, cut func(strin
 		t.Fatal(err)
 	}
 	cmd.Stderr = cmd.Stdout
+	// It dies with this process, however that ends. The signal is sent when the
+	// thread that started it ends: that one stays here.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

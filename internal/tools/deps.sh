@@ -5,7 +5,7 @@
 # says exactly what to install and fails. It never goes on without: a test that
 # is skipped silently is a promise that nobody checks.
 #
-# usage: deps.sh GROUP...     groups: test story bench kernel
+# usage: deps.sh GROUP...     groups: test story bench kernel systemd rpm deploy
 set -eu
 
 # command:package, one pair a line.
@@ -43,6 +43,17 @@ mkfs.ext4:e2fsprogs
 mkfs.xfs:xfsprogs
 '
 
+systemd_pairs='
+debootstrap:debootstrap
+systemctl:systemd
+'
+rpm_pairs='
+rpmbuild:rpm
+'
+deploy_pairs='
+promtool:prometheus
+ansible-playbook:ansible-core
+'
 # mkfs and fsck live in sbin, which is not in every user's PATH.
 PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -53,8 +64,11 @@ for group in "$@"; do
 	story) pairs="$pairs $story_pairs" ;;
 	bench) pairs="$pairs $bench_pairs" ;;
 	kernel) pairs="$pairs $kernel_pairs" ;;
+	systemd) pairs="$pairs $systemd_pairs" ;;
+	rpm) pairs="$pairs $rpm_pairs" ;;
+	deploy) pairs="$pairs $deploy_pairs" ;;
 	*)
-		echo "deps.sh: unknown group '$group'; use: test story bench kernel" >&2
+		echo "deps.sh: unknown group '$group'; use: test story bench kernel systemd rpm deploy" >&2
 		exit 2
 		;;
 	esac

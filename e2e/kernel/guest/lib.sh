@@ -53,7 +53,7 @@ nodes:
 nbd: {listen: ["unix:///run/$n-nbd.sock"]}
 admin: {listen: "unix:///run/$n.sock"}
 volume: {log_retention: 16MiB, lease: 3s, heartbeat: 500ms, power_loss_grace: 3s}
-raft: {heartbeat: 2s, election: 2s}
+raft: {heartbeat: 4s, election: 4s}
 END
 	done
 }
@@ -87,11 +87,11 @@ until_done() {
 }
 
 # on NODE VERB...: a verb, tried again while the daemons start and elect.
-on() { until_done 180 bs "$@" || fail "blockstep $*"; cat /tmp/out; }
+on() { until_done 400 bs "$@" || fail "blockstep $*"; cat /tmp/out; }
 
-healthy() { until_done 240 bs $1 wait $2 --for healthy --timeout 30s || fail "$2 is not healthy"; }
+healthy() { until_done 400 bs $1 wait $2 --for healthy --timeout 30s || fail "$2 is not healthy"; }
 
-serves() { until_done 240 bs $1 wait $2 --for primary --timeout 30s || fail "$2 has no primary"; }
+serves() { until_done 400 bs $1 wait $2 --for primary --timeout 30s || fail "$2 has no primary"; }
 
 # pound DIRECTORY NAME: writes with fsync until /tmp/pound.stop is there. The
 # number of rounds for which fsync has returned is in /tmp/pound.NAME.

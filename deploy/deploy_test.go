@@ -1,0 +1,172 @@
+package deploy
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/blockstep/blockstep/internal/config"
+)
+
+// load checks a configuration as blockstepd --check-config does.
+func load(t *testing.T, text, node string) *config.Config {
+	t.Helper()
+	t.Setenv("BLOCKSTEP_NODE", node)
+	file := filepath.Join(t.TempDir(), "blockstep.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := config.Load(file, nil)
+	if err != nil {
+		t.Fatalf("%v\nof\n%s", err, text)
+	}
+	return c
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(raw)
+}
+
+// TestExampleConfig: the example that the packages install is valid as it is,
+// and with everything that it shows in comments.
+func TestExampleConfig(t *testing.T) {
+	text := read(t, "../systemd/blockstep.yaml")
+	load(t, text, "beta")
+	comment := regexp.MustCompile(`(?m)^#((?:  )?[a-z_]+:.*)$`)
+	if n := len(comment.FindAllString(text, -1)); n < 5 {
+		t.Fatalf("the example shows %d keys in comments: does this test still find them?", n)
+	}
+	load(t, comment.ReplaceAllString(text, "$1"), "alpha")
+}
+
+// TestCompose: each node of the example for containers has a valid configuration
+// that names the address its container has.
+func TestCompose(t *testing.T) {
+	var c struct {
+		Services map[string]struct {
+			Hostname string
+			Networks map[string]struct {
+				Address string `yaml:"ipv4_address"`
+			}
+			Volumes []string
+		}
+		Volumes map[string]any
+		Configs map[string]struct{ Content string }
+	}
+	if err := yaml.Unmarshal([]byte(read(t, "container/compose.yaml")), &c); err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Services) != 3 {
+		t.Fatalf("%d services: want 3", len(c.Services))
+	}
+	for name, s := range c.Services {
+		got := load(t, c.Configs["blockstep"].Content, s.Hostname)
+		if want := s.Networks["blockstep"].Address + ":7700"; name != s.Hostname || got.Self().Address != want {
+			t.Errorf("service %s, host name %s: its address in the configuration is %s and its container has %s", name, s.Hostname, got.Self().Address, want)
+		}
+		for _, v := range s.Volumes {
+			if from, _, _ := strings.Cut(v, ":"); len(c.Volumes) != 3 || !has(c.Volumes, from) {
+				t.Errorf("service %s uses the volume %s, which is not declared", name, from)
+			}
+		}
+	}
+}
+
+func has(m map[string]any, key string) bool {
+	_, ok := m[key]
+	return ok
+}
+
+// TestAnsible: every file of the role is YAML, and the template makes a valid
+// configuration of three hosts. Only the template's loop and its variables are
+// understood here; make ansible asks Ansible itself.
+func TestAnsible(t *testing.T) {
+	files, err := filepath.Glob("ansible/roles/blockstep/*/*.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = append(files, "ansible/blockstep.yaml", "ansible/inventory.yaml")
+	if len(files) < 6 {
+		t.Fatalf("found only %v", files)
+	}
+	for _, f := range files {
+		var v any
+		if err := yaml.Unmarshal([]byte(read(t, f)), &v); err != nil || v == nil {
+			t.Errorf("%s: %v", f, err)
+		}
+	}
+	var inventory struct {
+		Blockstep struct {
+			Hosts map[string]struct {
+				Address string `yaml:"blockstep_address"`
+				Witness bool   `yaml:"blockstep_witness"`
+			}
+		}
+	}
+	if err := yaml.Unmarshal([]byte(read(t, "ansible/inventory.yaml")), &inventory); err != nil {
+		t.Fatal(err)
+	}
+	var nodes strings.Builder
+	for name, h := range inventory.Blockstep.Hosts {
+		fmt.Fprintf(&nodes, "  %s: {address: %q, witness: %t}\n", name, h.Address, h.Witness)
+	}
+	text := read(t, "ansible/roles/blockstep/templates/blockstep.yaml.j2")
+	text = regexp.MustCompile(`(?s)\{% for .*?\{% endfor %\}\n`).ReplaceAllLiteralString(text, nodes.String())
+	for from, to := range map[string]string{
+		"{{ blockstep_cluster }}": "prod", "{{ inventory_hostname }}": "gamma", "{{ blockstep_data_dir }}": "/var/lib/blockstep",
+		"{{ blockstep_nbd_listen | to_json }}": `["unix:///run/blockstep/nbd.sock"]`, "{{ blockstep_metrics_listen }}": "127.0.0.1:9720",
+	} {
+		text = strings.ReplaceAll(text, from, to)
+	}
+	if strings.Contains(text, "{{") || strings.Contains(text, "{%") {
+		t.Fatalf("the template has what this test does not know:\n%s", text)
+	}
+	if c := load(t, text, "gamma"); len(c.Nodes) != 3 || !c.Self().Witness {
+		t.Errorf("the inventory's three nodes, gamma a witness, became %+v", c.Nodes)
+	}
+}
+
+// TestNames: alerts and dashboard ask for metrics that the daemon exports, and
+// send people to pages that are there.
+func TestNames(t *testing.T) {
+	sources, err := filepath.Glob("../internal/daemon/metrics*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var exported strings.Builder
+	for _, f := range sources {
+		exported.WriteString(read(t, f))
+	}
+	name := regexp.MustCompile(`\bblockstep_[a-z_]+`)
+	for _, f := range []string{"prometheus/blockstep.rules.yaml", "grafana/blockstep.json"} {
+		text := read(t, f)
+		found := name.FindAllString(text, -1)
+		if len(found) < 5 {
+			t.Errorf("%s names %d metrics: does this test still find them?", f, len(found))
+		}
+		for _, m := range found {
+			base := strings.TrimPrefix(m, "blockstep_")
+			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+				base = strings.TrimSuffix(base, suffix)
+			}
+			if !strings.Contains(exported.String(), `"`+base+`"`) && !strings.Contains(exported.String(), `"blockstep_`+base+`"`) {
+				t.Errorf("%s asks for %s, which the daemon does not export", f, m)
+			}
+		}
+		for _, page := range regexp.MustCompile(`docs/runbooks/[a-z-]+\.md`).FindAllString(text, -1) {
+			if _, err := os.Stat(filepath.Join("..", page)); err != nil {
+				t.Errorf("%s: %v", f, err)
+			}
+		}
+	}
+}
