@@ -108,6 +108,9 @@ func (n *Node) reconcile(ctx context.Context) error {
 	s := n.State()
 	want := map[hraft.ServerID]hraft.ServerAddress{}
 	for _, node := range s.Nodes {
+		if node.Lost {
+			continue // until it is replaced: as a voter it would take the quorum away again
+		}
 		want[hraft.ServerID(node.RaftID)] = serverAddress(node.RaftID, node.Address)
 	}
 	have := map[hraft.ServerID]hraft.ServerAddress{}

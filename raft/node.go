@@ -204,21 +204,31 @@ func setDefault(d *time.Duration, v time.Duration) {
 	}
 }
 
+// openBolt opens the Raft log of a data_dir, which one process at a time can.
+func openBolt(dataDir string) (*raftboltdb.BoltStore, error) {
+	path := filepath.Join(dataDir, raftDir, boltFile)
+	bolt, err := raftboltdb.New(raftboltdb.Options{
+		Path: path,
+		// Without the free list each commit writes less; opening rebuilds it.
+		BoltOptions: &bbolt.Options{Timeout: lockWait, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
+	})
+	switch {
+	case errors.Is(err, bbolterrors.ErrTimeout):
+		return nil, fmt.Errorf("data_dir %s is in use by another blockstepd: stop it first", dataDir)
+	case err != nil:
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	return bolt, nil
+}
+
 // start opens the stores and the transport and starts hashicorp/raft.
 func (n *Node) start(ctx context.Context) error {
 	o := &n.opts
 	dir := filepath.Join(o.Dir, raftDir)
 	hlog := newHclog(o.Logger)
-	bolt, err := raftboltdb.New(raftboltdb.Options{
-		Path: filepath.Join(dir, boltFile),
-		// Without the free list each commit writes less; opening rebuilds it.
-		BoltOptions: &bbolt.Options{Timeout: lockWait, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
-	})
+	bolt, err := openBolt(o.Dir)
 	if err != nil {
-		if errors.Is(err, bbolterrors.ErrTimeout) {
-			return fmt.Errorf("data_dir %s is in use by another blockstepd: stop it first", o.Dir)
-		}
-		return fmt.Errorf("open %s: %w", filepath.Join(dir, boltFile), err)
+		return err
 	}
 	n.bolt = bolt
 	store := &watchedStore{BoltStore: bolt, watch: &n.disk}

@@ -23,7 +23,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:   "testdata",
 		Setup: setUp,
-		Cmds:  map[string]func(*testscript.TestScript, bool, []string){"code": codeCmd},
+		Cmds:  map[string]func(*testscript.TestScript, bool, []string){"code": codeCmd, "appendto": appendCmd},
 	})
 }
 
@@ -69,4 +69,13 @@ func codeCmd(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("exit code %d, want %d\n%s%s", got, want, ts.ReadFile("stdout"), ts.ReadFile("stderr"))
 	}
+}
+
+// appendCmd is `appendto FILE MORE`.
+func appendCmd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: appendto FILE MORE")
+	}
+	text := ts.ReadFile(args[0]) + ts.ReadFile(args[1])
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
 }

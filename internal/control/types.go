@@ -174,6 +174,23 @@ type AddNode struct {
 	Witness bool   `json:"witness,omitempty"`
 }
 
+// Recovery says what a recovery from a lost majority did, or would do.
+type Recovery struct {
+	Cluster string            `json:"cluster"`
+	Index   uint64            `json:"raft_index"` // the higher, the newer is what this node knows
+	Keep    []string          `json:"keep"`       // the whole Raft group now
+	Lost    []string          `json:"lost"`       // to be replaced or removed
+	Volumes []RecoveredVolume `json:"volumes"`
+}
+
+// RecoveredVolume is what a recovery leaves of a volume.
+type RecoveredVolume struct {
+	Volume   string   `json:"volume"`
+	Replicas []string `json:"replicas"` // on nodes that are kept
+	InSync   []string `json:"in_sync"`  // of them
+	Next     string   `json:"next"`
+}
+
 // Reloaded says what a daemon made of its configuration, read again.
 type Reloaded struct {
 	Applied []KeyChange `json:"applied"` // in force now

@@ -202,7 +202,7 @@ func (b backend) createCommand(r control.CreateVolume) (*state.CreateVolume, err
 	names := r.Replicas
 	if len(names) == 0 {
 		for _, n := range st.NodeNames() {
-			if !st.Nodes[n].Witness {
+			if !st.Nodes[n].Witness && !st.Nodes[n].Lost {
 				names = append(names, string(n))
 			}
 		}

@@ -253,6 +253,9 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 	return out
 }
 
+// lostReason is why a member has no vote after a recovery.
+const lostReason = "it was given up when the cluster state was recovered"
+
 // foreignReason is why a node that runs is absent all the same.
 const foreignReason = "it runs with an empty or another data_dir"
 
@@ -393,13 +396,19 @@ func (d *Daemon) nodeStatuses(ctx context.Context) []control.NodeStatus {
 		up[n] = false
 		errs[n] = foreignReason + "; next: blockstep node replace " + string(n)
 	}
+	for name, m := range st.Nodes {
+		if m.Lost {
+			up[name] = false
+			errs[name] = lostReason + "; next: start blockstepd there on an empty data_dir, then blockstep node replace " + string(name)
+		}
+	}
 	up[d.self] = true
 	out := []control.NodeStatus{}
 	for _, name := range st.NodeNames() {
 		n := st.Nodes[name]
 		out = append(out, control.NodeStatus{
 			Name: string(name), Address: n.Address, Witness: n.Witness, Up: up[name],
-			Leader: name == leader, Voter: true, Error: errs[name],
+			Leader: name == leader, Voter: !n.Lost, Error: errs[name],
 		})
 	}
 	return out

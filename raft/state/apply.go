@@ -292,7 +292,9 @@ func (s *State) removeNode(c *Command, p *RemoveNode) Result {
 		}
 	}
 	delete(s.Nodes, p.Name)
-	s.Removed = appendBounded(s.Removed, n.RaftID, RemovedMax)
+	if !n.Lost {
+		s.Removed = appendBounded(s.Removed, n.RaftID, RemovedMax)
+	}
 	return s.event(c, nil, Event{Name: "node-removed", Node: p.Name, Text: fmt.Sprintf("node %s removed", p.Name)})
 }
 
@@ -308,12 +310,14 @@ func (s *State) replaceNode(c *Command, p *ReplaceNode) Result {
 		return r
 	}
 	n := *old
-	n.RaftID = p.RaftID
+	n.RaftID, n.Lost = p.RaftID, false
 	if p.Address != "" {
 		n.Address = p.Address
 	}
 	s.Nodes[p.Name] = &n
-	s.Removed = appendBounded(s.Removed, old.RaftID, RemovedMax)
+	if !old.Lost {
+		s.Removed = appendBounded(s.Removed, old.RaftID, RemovedMax)
+	}
 	for _, v := range s.Live() {
 		if r := v.Replica(p.Name); r != nil && r.Replica != 0 && !r.Failed {
 			nv := v.clone()

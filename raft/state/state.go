@@ -51,6 +51,9 @@ type Node struct {
 	Address string     `json:"address"` // host:port, one for everything
 	RaftID  string     `json:"raft_id"` // name and random id; a wiped data_dir has another one
 	Witness bool       `json:"witness,omitempty"`
+	// Lost is set by a recovery from a lost majority: the node is out of the Raft
+	// group until it is replaced or removed.
+	Lost bool `json:"lost,omitempty"`
 }
 
 // Settings concern the cluster as a whole.

@@ -1,0 +1,110 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/blockstep/blockstep/internal/control"
+)
+
+func recoverAt(t *testing.T, n *testNode, o RecoverOptions) (control.Recovery, error) {
+	t.Helper()
+	return Recover(t.Context(), n.config(), o, slog.New(slog.DiscardHandler))
+}
+
+// TestRecoverFromALostMajority: two of three nodes burn down. Nothing is
+// recovered while it need not be; then the third goes on alone, its volume's
+// data is there, and new machines take the places of the others.
+func TestRecoverFromALostMajority(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, beta, gamma := nodes["alpha"], nodes["beta"], nodes["gamma"]
+	alpha.create("db", 4<<20)
+	alpha.healthy("db")
+	content := bytes.Repeat([]byte("all of it"), 1000)
+	c := alpha.open("db")
+	if err := c.WriteAt(t.Context(), content, 4096); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
+	alpha.healthy("db")
+
+	if _, err := recoverAt(t, alpha, RecoverOptions{}); err == nil || !strings.Contains(err.Error(), "in use by another blockstepd: stop it first") {
+		t.Errorf("beside a running daemon: %v", err)
+	}
+	alpha.halt()
+	if _, err := recoverAt(t, alpha, RecoverOptions{}); err == nil || !strings.Contains(err.Error(), "beta, gamma of 3 nodes answer(s)") {
+		t.Errorf("with a majority that is up: %v", err)
+	}
+	if _, err := recoverAt(t, alpha, RecoverOptions{Keep: []string{"beta"}}); err == nil || !strings.Contains(err.Error(), "not among those that are kept") {
+		t.Errorf("without itself: %v", err)
+	}
+	for _, n := range []*testNode{beta, gamma} {
+		n.halt()
+		if err := os.RemoveAll(n.dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := recoverAt(t, beta, RecoverOptions{}); err == nil || !strings.Contains(err.Error(), "blockstep node replace beta") {
+		t.Errorf("of an empty data_dir: %v", err)
+	}
+	look, err := recoverAt(t, alpha, RecoverOptions{Preview: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done, err := recoverAt(t, alpha, RecoverOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(look) != fmt.Sprint(done) || fmt.Sprint(done.Keep, done.Lost) != "[alpha] [beta gamma]" || len(done.Volumes) != 1 ||
+		done.Volumes[0].Next != "blockstep failover db --force --accept-data-loss" {
+		t.Errorf("seen before %+v, done %+v", look, done)
+	}
+
+	alpha.start()
+	alpha.eventually(30*time.Second, "it leads alone", func(ctx context.Context) error {
+		s, err := alpha.client.Status(ctx)
+		if err == nil && s.Leader != "alpha" {
+			err = fmt.Errorf("the leader is %q", s.Leader)
+		}
+		return err
+	})
+	list, err := alpha.client.Nodes(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range list {
+		if lost := n.Name != "alpha"; n.Voter == lost || strings.Contains(n.Error, "blockstep node replace "+n.Name) != lost {
+			t.Errorf("%+v", n)
+		}
+	}
+	alpha.eventually(30*time.Second, "the volume has a primary", func(ctx context.Context) error {
+		_, err := alpha.client.Failover(ctx, "db", control.Failover{Force: true, AcceptDataLoss: true})
+		return err
+	})
+	// With min_copies 2 it answers nothing before there is a second copy.
+	for _, n := range []*testNode{beta, gamma} {
+		n.start()
+		alpha.eventually(30*time.Second, n.name+" is replaced", func(ctx context.Context) error {
+			return alpha.client.ChangeNode(ctx, n.name, "replace")
+		})
+	}
+	alpha.healthy("db")
+	if got := alpha.read("db", 4096, len(content)); !bytes.Equal(got, content) {
+		t.Error("the content is another one")
+	}
+	for _, n := range []*testNode{beta, gamma} {
+		if got := n.read("db@"+n.name, 4096, len(content)); !bytes.Equal(got, content) {
+			t.Errorf("%s has another content", n.name)
+		}
+	}
+	alpha.hasEvent("cluster-recovered", "lost are beta, gamma")
+}

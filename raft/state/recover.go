@@ -1,0 +1,50 @@
+package state
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/blockstep/blockstep/internal/ident"
+)
+
+// Recovered is the state with which the nodes of keep go on when the other
+// nodes are gone for good, and with them the majority of the Raft group. The
+// others stay members by name, with their replicas, but are Lost: out of the
+// group until an operator replaces or removes them, and their Raft ids never
+// come back. Nothing is decided about volumes: that is for a forced failover.
+// Every node of keep must be a member; the receiver is left as it is.
+func (s *State) Recovered(keep []ident.Node) (*State, error) {
+	for _, name := range keep {
+		if s.Nodes[name] == nil {
+			return nil, fmt.Errorf("node %q is no member of cluster %q: its members are %v", name, s.Cluster, s.NodeNames())
+		}
+	}
+	if len(keep) == 0 {
+		return nil, fmt.Errorf("no node of cluster %q would be left", s.Cluster)
+	}
+	next := s.clone()
+	var lost []string
+	for name, n := range next.Nodes {
+		if slices.Contains(keep, name) || n.Lost {
+			continue
+		}
+		gone := *n
+		gone.Lost = true
+		next.Nodes[name] = &gone
+		next.Removed = appendBounded(next.Removed, gone.RaftID, RemovedMax)
+		lost = append(lost, string(name))
+	}
+	slices.Sort(lost)
+	// Several nodes that are kept must come to the same state, so that no clock
+	// is asked: the time is that of what happened last.
+	var last int64
+	if n := len(s.Events); n > 0 {
+		last = s.Events[n-1].Time
+	}
+	next.event(&Command{Time: last}, nil, Event{
+		Name: "cluster-recovered", Node: keep[0],
+		Text: clip(fmt.Sprintf("an operator recovered the cluster state on %v; lost are %s", keep, strings.Join(lost, ", "))),
+	})
+	return next, nil
+}
