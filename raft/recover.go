@@ -108,7 +108,7 @@ func recoverInto(f *recoverFSM, raftID string, bolt *raftboltdb.BoltStore, snaps
 	cfg.LocalID, cfg.Logger, cfg.NoLegacyTelemetry = hraft.ServerID(raftID), hlog, true
 	// Only its encoding of addresses is used.
 	_, trans := hraft.NewInmemTransport("")
-	defer trans.Close()
+	defer func() { _ = trans.Close() }() // it is in memory
 	return hraft.RecoverCluster(cfg, f, bolt, bolt, snaps, trans, group)
 }
 
