@@ -438,6 +438,36 @@ var fieldScenarios = []scenario{
 		s.Restart(p)
 		s.Converge(0, 1, 2)
 	}},
+	{"passed-over-with-ack-local", Options{Ack: core.AckLocal, MinCopies: 2}, func(s *Sim) {
+		// A primary that its peers do not hear, and the controller does, has
+		// answered alone: it counts, and nothing is lost.
+		p := s.AwaitPrimary()
+		s.Write(p, 3)
+		s.Isolate(p)
+		s.Write(p, 3)
+		s.RunFor(3 * s1)
+		if len(s.chk.losses) > 0 {
+			s.Fail("something was given up")
+		}
+		for j := range 3 {
+			if j != p {
+				s.Join(p, j)
+			}
+		}
+		s.Converge(0, 1, 2)
+	}},
+	{"serves-below-min-copies", Options{MinCopies: 2}, func(s *Sim) {
+		// Two disks fail: both go, and what is left answers nobody.
+		p := s.AwaitPrimary()
+		s.Write(p, 3)
+		s.nodes[(p+1)%3].disk.failed, s.nodes[(p+2)%3].disk.failed = true, true
+		w := s.Ask(p, opWrite, 1, 1)
+		s.Await(10*s1, "a set of one", func() bool { return len(s.Set()) == 1 })
+		s.RunFor(3 * s1)
+		if !w.op.on || s.Primary() >= 0 {
+			s.Fail("it is served with one copy")
+		}
+	}},
 	{"local-ack-switchover-loses-nothing", Options{Ack: core.AckLocal}, func(s *Sim) {
 		p := s.AwaitPrimary()
 		s.Write(p, 10)

@@ -61,12 +61,16 @@ func (c *Core) blocksHold() ident.Seq {
 
 // onResyncStart makes this replica a target, or has a target say what it lacks.
 func (c *Core) onResyncStart(from ident.Node, m *wire.ResyncStart) {
+	first := m.Stream > c.follow.stream
 	if !c.fromPrimary(from, m.Epoch, m.Stream) || c.failed != "" {
 		return
 	}
 	if m.Continue {
 		c.t.stateDue = true
 		return
+	}
+	if !first {
+		return // it is what a stream begins with: late, or twice, and by now this replica may be in the set
 	}
 	if m.Payload == nil || c.t.reset != nil || c.t.writing > 0 || c.applied < c.applyTo {
 		return // the source asks again
@@ -158,7 +162,7 @@ func (c *Core) onBlocks(from ident.Node, m *wire.Blocks) {
 		}
 		return
 	}
-	if m.AsOf > c.follow.matched || m.AsOf < c.applyTo {
+	if n := len(c.t.pending); m.AsOf > c.follow.matched || m.AsOf < c.applyTo || (n > 0 && m.AsOf < c.t.pending[n-1].AsOf) {
 		// There was no room for the entries before it; or later ones are on
 		// their way to the backing store, and what it holds may be older than
 		// what they write. It stays in remaining, and is asked for again.
