@@ -10,13 +10,14 @@ import (
 
 // TestResyncInterrupted: a resync under load is cut off in each way that has
 // broken others: its link flaps, its target dies, its target's machine crashes,
-// its source dies and another one goes on. It needs no command and ends with
-// equal replicas; the clients of the third node notice nothing.
+// its source dies and another one goes on, and the rate is raised in the middle.
+// It needs no command and ends with equal replicas; the clients of the third node notice nothing.
 func TestResyncInterrupted(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, options{namespaces: true, config: map[string]string{
-		"volume.log_retention": "4MiB", "resync.rate_max": "3MiB", "resync.rate_min": "3MiB",
-	}})
+	o := options{namespaces: true, config: map[string]string{
+		"volume.log_retention": "4MiB", "resync.rate_max": "256KiB", "resync.rate_min": "256KiB",
+	}}
+	c := newCluster(t, o)
 	c.volume("db", "64MiB")
 	source, target, third := c.node("alpha"), c.node("beta"), c.node("gamma")
 	c.makePrimary("db", source)
@@ -63,7 +64,14 @@ func TestResyncInterrupted(t *testing.T) {
 	source.kill()
 	resyncs("from another source")
 	source.start()
-	third.cli("wait", "db", "--for", "healthy", "--timeout", "90s")
+	source.waitReady()
+	// At the rate so far the rest would take minutes.
+	o.config["resync.rate_max"], o.config["resync.rate_min"] = "0", "0"
+	for _, n := range c.nodes {
+		c.writeConfig(n, o)
+		n.cli("reload")
+	}
+	third.cli("wait", "db", "--for", "healthy", "--timeout", "60s")
 	l.noFailures(l.clients)
 	l.finish(c)
 	c.replicasEqual("db")
