@@ -75,9 +75,12 @@ func (v *Volume) sendLocked(r *Request, to ident.Node, echo int64) {
 	r.id, r.target = v.nextID, to
 	if !r.sent {
 		r.lastSeen = v.seenLocked()
-		// In an older epoch than that of its primary it can have no entry, and
-		// in a newer one it counts only as a replay.
-		r.lastSeen.Epoch = max(r.lastSeen.Epoch, v.view.Epoch)
+		// It can have an entry in the epoch of its primary at the earliest, so
+		// behind the position of that one's promotion. What was seen of an older
+		// epoch may lie beyond that: a forced failover gave it up.
+		if r.lastSeen.Epoch < v.view.Epoch {
+			r.lastSeen = ident.Position{Epoch: v.view.Epoch, Seq: v.view.Position.Seq}
+		}
 	}
 	f := &wire.Forward{
 		ID:         r.id,

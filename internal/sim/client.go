@@ -188,7 +188,10 @@ func (s *Sim) seen(n *node) ident.Position {
 // lastSeen is seen, for a request that is first sent now.
 func (s *Sim) lastSeen(n *node) ident.Position {
 	p := s.seen(n)
-	p.Epoch = max(p.Epoch, n.view.Epoch)
+	if p.Epoch < n.view.Epoch {
+		// What was seen of an older epoch may have been given up.
+		p = ident.Position{Epoch: n.view.Epoch, Seq: n.view.Position.Seq}
+	}
 	return p
 }
 

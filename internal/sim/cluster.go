@@ -21,11 +21,12 @@ type clusterState struct {
 }
 
 type command struct {
-	cmd    state.Command
-	node   int // who asked; -1: a controller
-	ctl    int
-	result state.Result
-	done   func(*command)
+	cmd     state.Command
+	node    int // who asked; -1: a controller
+	ctl     int
+	result  state.Result
+	applied bool
+	done    func(*command)
 }
 
 // setCommand is a proposal of the driver's core whose outcome it does not know.
@@ -149,7 +150,7 @@ func (s *Sim) clusterEvent(e *event) {
 	c := s.cl.cmds[e.x]
 	old := s.cl.vol()
 	next, r := s.cl.st.Apply(c.cmd)
-	s.cl.st, c.result = next, r
+	s.cl.st, c.result, c.applied = next, r, true
 	if s.tracing() {
 		v := next.Volumes[volumeID]
 		s.note(-1, "command", "%s by %d: ok %v %s; now epoch %d primary %s at %v set %v version %d", describe(&c.cmd), c.node, r.OK, r.Reason, v.Epoch, v.Primary, v.PrimaryPosition, v.InSync, v.SetVersion)

@@ -38,9 +38,10 @@ var orders = map[Fault]func(*Sim, *node){
 		if len(s.cl.cmds) == 0 {
 			return
 		}
-		c := s.cl.cmds[s.rng.IntN(len(s.cl.cmds))].cmd
-		if c.Promote != nil || c.ChangeSet != nil {
-			s.command(n.i, c)
+		// Not one that is under way: its proposer would hear of the other's fate.
+		c := s.cl.cmds[s.rng.IntN(len(s.cl.cmds))]
+		if c.applied && (c.cmd.Promote != nil || c.cmd.ChangeSet != nil) {
+			s.command(n.i, c.cmd)
 		}
 	},
 	FaultRate: func(s *Sim, n *node) {

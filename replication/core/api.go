@@ -124,7 +124,7 @@ type Request struct {
 	Request  uint64
 	Replay   bool
 	// LastSeen is the newest position that the forwarder had seen when it first
-	// sent the request, its epoch raised to the newest one that it knew of.
+	// sent the request, or, if it knew of a newer epoch, where that one began.
 	LastSeen   ident.Position
 	Generation uint64
 	Entry      wire.Entry // Payload and PayloadCRC are taken from here
