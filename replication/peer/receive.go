@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/sock"
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
@@ -32,7 +33,7 @@ type incoming struct {
 	deliver sync.Mutex
 
 	mu       sync.Mutex
-	conn     net.Conn   // nil: none
+	conn     io.Closer  // nil: none
 	now      *reception // of conn, past the handshake
 	instance uint64     // of the peer's process that conn belongs to
 	attempt  uint64
@@ -101,13 +102,7 @@ func (m *Manager) runAccepted(conn net.Conn) {
 		m.refuse(conn, err)
 		return
 	}
-	rc := &reception{l: l, conn: conn, generation: generation, r: wire.NewReaderOf(conn, wire.Versions{Min: version, Max: version})}
-	l.in.mu.Lock()
-	if l.in.generation.Load() == generation {
-		l.in.now = rc
-	}
-	l.in.mu.Unlock()
-	rc.run()
+	l.begin(conn, generation, version).run()
 }
 
 // refuse logs why a dialer was turned away: it comes again every second or so,
@@ -169,6 +164,24 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 	return l, generation, version, nil
 }
 
+// begin prepares the reading of an accepted connection.
+func (l *link) begin(conn net.Conn, generation uint64, version uint8) *reception {
+	rc := &reception{l: l, conn: conn, generation: generation}
+	if c := sock.Take(conn); c != nil {
+		rc.conn = c
+	}
+	rc.r = wire.NewReaderOf(rc.conn, wire.Versions{Min: version, Max: version})
+	in := &l.in
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.generation.Load() == generation && !in.closed {
+		in.conn, in.now = rc.conn, rc
+	} else {
+		rc.conn.Close() // whoever replaced it closed what it was before
+	}
+	return rc
+}
+
 // reception is the reading of one incoming connection.
 //
 //	reader: Next, Next, … ─► Messages ─► Settle ─► Next …
@@ -181,7 +194,7 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 // before.
 type reception struct {
 	l          *link
-	conn       net.Conn
+	conn       io.ReadCloser
 	generation uint64
 	r          *wire.Reader // the reader's
 	stays      uint64       // of the reader in Settle, so far; the reader's
