@@ -127,7 +127,7 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		a.statusCmd(), a.eventsCmd(), a.volumeCmd(), a.nodeCmd(), a.waitCmd(),
 		a.switchoverCmd(), a.failoverCmd(), a.verifyCmd(), a.invalidateCmd(),
 		a.attachCmd(), a.detachCmd(), a.attachmentsCmd(), a.followCmd(),
-		a.demoCmd(), a.demoNodeCmd(), a.versionCmd(), a.manCmd(root), a.reloadCmd(), a.recoverCmd(),
+		a.demoCmd(), a.demoNodeCmd(), a.versionCmd(), a.manCmd(root), a.reloadCmd(), a.recoverCmd(), a.doctorCmd(),
 	)
 	// "volume list" and its sisters, also without the word.
 	for _, short := range []*cobra.Command{a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd()} {

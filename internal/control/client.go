@@ -250,6 +250,11 @@ func (c *Client) Reload(ctx context.Context) (out Reloaded, err error) {
 	return out, c.do(ctx, http.MethodPost, "/v1/reload", nil, &out)
 }
 
+// Doctor has every node that is reached looked at.
+func (c *Client) Doctor(ctx context.Context) (out []Finding, err error) {
+	return out, c.do(ctx, http.MethodGet, "/v1/doctor", nil, &out)
+}
+
 // Attach connects a volume to a kernel device.
 func (c *Client) Attach(ctx context.Context, volume string, r Attach) (out Attachment, err error) {
 	return out, c.do(ctx, http.MethodPost, volumePath(volume, "attach"), r, &out)

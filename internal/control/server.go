@@ -38,6 +38,8 @@ type Backend interface {
 	ReplaceNode(ctx context.Context, node string) error
 	DrainNode(ctx context.Context, node string) error
 
+	// Doctor looks at every node.
+	Doctor(ctx context.Context) ([]Finding, error)
 	// Reload reads the configuration again and applies what can change live.
 	Reload(ctx context.Context) (Reloaded, error)
 
@@ -56,6 +58,7 @@ func Handler(b Backend, logger *slog.Logger, readOnly bool) http.Handler {
 		return b.VolumeStatus(r.Context(), r.PathValue("name"))
 	})
 	get(mux, "GET /v1/nodes", func(r *http.Request) (any, error) { return b.Nodes(r.Context()) })
+	get(mux, "GET /v1/doctor", func(r *http.Request) (any, error) { return b.Doctor(r.Context()) })
 	get(mux, "GET /v1/attachments", func(r *http.Request) (any, error) { return b.Attachments(r.Context()) })
 	mux.HandleFunc("GET /v1/events", func(w http.ResponseWriter, r *http.Request) {
 		q := r.URL.Query()

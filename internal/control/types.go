@@ -174,6 +174,22 @@ type AddNode struct {
 	Witness bool   `json:"witness,omitempty"`
 }
 
+// Finding is one thing that doctor looked at.
+type Finding struct {
+	Node  string `json:"node"`
+	Check string `json:"check"`
+	State string `json:"state"` // ok, warn, bad
+	Text  string `json:"text"`
+	Next  string `json:"next,omitempty"` // what to do about it
+}
+
+// The states of a Finding.
+const (
+	FindingOK   = "ok"
+	FindingWarn = "warn" // worth a look
+	FindingBad  = "bad"  // has to be mended
+)
+
 // Recovery says what a recovery from a lost majority did, or would do.
 type Recovery struct {
 	Cluster string            `json:"cluster"`

@@ -23,6 +23,7 @@ func (d *Daemon) addCalls() {
 	handle(d.rpcd, "/node/v1/pause", d.servePause)
 	handle(d.rpcd, "/node/v1/doubt", d.serveDoubt)
 	handle(d.rpcd, "/node/v1/changed", d.serveChanged)
+	handle(d.rpcd, "/node/v1/doctor", d.serveDoctor)
 	handle(d.rpcd, "/node/v1/committed", d.serveCommitted)
 	handle(d.rpcd, "/node/v1/invalidate", func(ctx context.Context, _ ident.Node, c volumeCall) (struct{}, error) {
 		sv := d.state().Volumes[c.Volume]

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/blockstep/blockstep/internal/config"
@@ -37,6 +38,9 @@ func (d *Daemon) serveMember(ctx context.Context, _ ident.Node, c memberCall) (o
 	case "add":
 		err = d.raft.AddNode(ctx, state.Node{Name: c.Name, Address: c.Address, RaftID: c.RaftID, Witness: c.Witness})
 	case "remove":
+		if why := d.quorumWithout(c.Name); why != "" {
+			return operatorReply{Err: why}, nil
+		}
 		err = d.raft.RemoveNode(ctx, c.Name)
 	case "replace":
 		err = d.raft.ReplaceNode(ctx, c.Name, c.RaftID, c.Address)
@@ -48,6 +52,28 @@ func (d *Daemon) serveMember(ctx context.Context, _ ident.Node, c memberCall) (o
 		reply.Err, reply.Again = err.Error(), retryable(err)
 	}
 	return reply, nil
+}
+
+// quorumWithout says why the cluster state could not change any more without a
+// node; "" when enough of the others are up. To take out one that is dead is
+// always fine: it has no part in the majority.
+func (d *Daemon) quorumWithout(gone ident.Node) string {
+	var left, down []string
+	for name, n := range d.state().Nodes {
+		if name == gone || n.Lost {
+			continue
+		}
+		left = append(left, string(name))
+		if name != d.self && !d.linkUp(name) {
+			down = append(down, string(name))
+		}
+	}
+	if 2*(len(left)-len(down)) > len(left) || len(left) == 0 {
+		return ""
+	}
+	slices.Sort(down)
+	return fmt.Sprintf("without %s the cluster would have no majority, since %s of the %d nodes that are left is not up: start it, or remove it first",
+		gone, strings.Join(down, ", "), len(left))
 }
 
 // changeMember asks the leader until the outcome is definite.
