@@ -3,6 +3,7 @@ package deploy
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/nbd/attach"
 )
 
 // load checks a configuration as blockstepd --check-config does.
@@ -47,6 +49,26 @@ func TestExampleConfig(t *testing.T) {
 		t.Fatalf("the example shows %d keys in comments: does this test still find them?", n)
 	}
 	load(t, comment.ReplaceAllString(text, "$1"), "alpha")
+}
+
+// TestUdevRule: the program of the rule finds the volume's name in the identifier
+// that the kernel keeps. The first one printed nothing, and udev made a link
+// /dev/blockstep to the device itself.
+func TestUdevRule(t *testing.T) {
+	found := regexp.MustCompile(`PROGRAM!="/bin/sh -c '(.*)' - \$attr\{backend\}"`).FindStringSubmatch(read(t, "../systemd/60-blockstep.rules"))
+	if found == nil {
+		t.Fatal("the rule's program has another form than this test knows")
+	}
+	script := strings.ReplaceAll(found[1], "$$", "$")
+	for backend, want := range map[string]string{
+		attach.BackendPrefix + "db:b8042a70a3ad3480:4ZCOUATCZOKWUCHAPC73": "db",
+		attach.BackendPrefix + "vm-7.root_a:0000000000000001:X":           "vm-7.root_a",
+	} {
+		out, err := exec.CommandContext(t.Context(), "/bin/sh", "-c", script, "-", backend).Output()
+		if got := strings.TrimSpace(string(out)); err != nil || got != want {
+			t.Errorf("of %s the rule makes %q, %v: want %q", backend, got, err, want)
+		}
+	}
 }
 
 // TestCompose: each node of the example for containers has a valid configuration
