@@ -24,7 +24,7 @@ TIME     ?= 10m
 ARGS     ?=
 RUN      ?= .
 
-.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim sim-coverage mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel check clean man units deb rpm deploy-check
+.PHONY: help demo build test deps vet race unit lint fmt fmt-check generate sim sim-coverage mutants fuzz crash e2e torture bench bench-quick bench-go test-kernel test-systemd check clean man units deb rpm deploy-check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,6 +117,11 @@ test-kernel: ## a real /dev/nbdN: Debian's kernel in qemu, with file systems and
 	@./internal/tools/deps.sh kernel
 	@mkdir -p build
 	BLOCKSTEP_KERNEL_CACHE=$${BLOCKSTEP_KERNEL_CACHE:-$(CURDIR)/build/kernel} go test -tags kernel -count 1 -timeout 40m -parallel 2 -v -run '$(RUN)' ./e2e/kernel
+
+test-systemd: build ## Debian with the package, booted by systemd in qemu: units, fstab, upgrade, reboot, poweroff (as root)
+	@./internal/tools/deps.sh kernel systemd
+	@mkdir -p build
+	BLOCKSTEP_BIN=$(CURDIR)/$(BIN) BLOCKSTEP_KERNEL_CACHE=$${BLOCKSTEP_KERNEL_CACHE:-$(CURDIR)/build/kernel} go test -tags kernel,systemd -count 1 -timeout 60m -v -run 'TestSystemd$$' ./e2e/kernel
 
 check: vet lint unit ## before a commit: vet, linters, unit tests
 
