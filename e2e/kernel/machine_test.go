@@ -191,7 +191,7 @@ func refreshLists(t *testing.T) {
 // buildInitrd makes the first file system: what mounts the disk and goes on there.
 func buildInitrd(t *testing.T, root, kernel, initrd string) {
 	t.Helper()
-	makeDirs(t, root, "bin", "sbin", "proc", "sys", "dev", "root")
+	makeDirs(t, root, "bin", "sbin", "proc", "sys", "dev", "sysroot")
 	installBusybox(t, root)
 	copyModules(t, kernel, root, bootModules)
 	copyGuest(t, "guest/initrd", filepath.Join(root, "init"))
