@@ -121,7 +121,36 @@ func (n *node) kill() {
 	<-done
 }
 
-func (n *node) pause()  { n.signal(syscall.SIGSTOP) }
+// pause is kill -STOP; it returns when every thread stands. The signal alone is
+// no stop: on a busy machine one thread has to run first to take it, and until
+// then the others go on, for milliseconds.
+func (n *node) pause() {
+	n.c.t.Helper()
+	n.signal(syscall.SIGSTOP)
+	eventually(n.c.t, 20*time.Second, n.name+" stands still", n.stands)
+}
+
+// stands reports whether every thread of the daemon is stopped.
+func (n *node) stands() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.proc == nil {
+		return true
+	}
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", n.proc.Process.Pid))
+	if err != nil || len(stats) == 0 {
+		return false
+	}
+	for _, name := range stats {
+		b, err := os.ReadFile(name)
+		// PID (NAME) STATE …; the name may hold anything.
+		if i := bytes.LastIndexByte(b, ')'); err != nil || i < 0 || !bytes.HasPrefix(b[i+1:], []byte(" T")) {
+			return false
+		}
+	}
+	return true
+}
+
 func (n *node) resume() { n.signal(syscall.SIGCONT) }
 
 // stop ends the daemon with SIGTERM and fails the test unless it ends cleanly
