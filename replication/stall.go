@@ -37,15 +37,14 @@ func (rp *replica) oldest() (what string, since core.Instant) {
 func (rp *replica) runStallWatch(ctx context.Context) {
 	defer rp.wg.Done()
 	every := rp.opt.StallTimeout / 4
-	timer := time.NewTimer(untilNext(rp.clock, every))
-	defer timer.Stop()
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
 	var began core.Instant // of the operation that was said to hang
 	for last := rp.clock.Boot(); ; {
 		select {
 		case <-ctx.Done():
 			return
-		case <-timer.C:
-			timer.Reset(untilNext(rp.clock, every))
+		case <-ticker.C:
 		}
 		now := rp.clock.Boot()
 		late := now-last > core.Instant(2*every)

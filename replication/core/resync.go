@@ -172,19 +172,7 @@ func (c *Core) onBlocks(from ident.Node, m *wire.Blocks) {
 	wire.RetainPayloads(m)
 	k := *m
 	k.Blocks = slices.Clone(m.Blocks)
-	c.t.queue(&k)
-}
-
-// queue adds blocks behind those of the same or an older position. They may
-// come in another order than they were sent, and what is held back for their
-// sake (blocksHold) is what lies after the oldest: else an entry would be
-// applied before a block that is older than it.
-func (t *target) queue(b *wire.Blocks) {
-	i := len(t.pending)
-	for i > t.writing && t.pending[i-1].AsOf > b.AsOf {
-		i--
-	}
-	t.pending = slices.Insert(t.pending, i, b)
+	c.t.pending = append(c.t.pending, &k)
 }
 
 // dropPending forgets blocks that are not with the driver: what they hold is
