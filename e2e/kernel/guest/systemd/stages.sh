@@ -95,7 +95,7 @@ stage_use() {
 	must mountpoint -q /srv/data
 	must systemctl is-active blockstepd srv-data.mount blockstep-attach@db
 	step "upgraded"
-	(cd /srv/data && md5sum first restarted killed upgraded) >/root/sums
+	(cd /srv/data && md5sum first restarted killed upgraded) >/srv/sums
 	dmesg | grep -iE 'I/O error|EXT4-fs error' && fail "the kernel saw an error"
 	ends poweroff
 }
@@ -103,7 +103,7 @@ stage_use() {
 stage_after() {
 	until_done 240 systemctl is-active srv-data.mount
 	dmesg | grep 'recovery complete' | grep nbd && fail "the file system was not clean after poweroff"
-	(cd /srv/data && must md5sum -c /root/sums)
+	(cd /srv/data && must md5sum -c /srv/sums)
 	# Stopping the attachment alone unmounts first, and needs no hand.
 	must systemctl stop blockstep-attach@db
 	must isnt mountpoint -q /srv/data
