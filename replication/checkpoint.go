@@ -191,6 +191,9 @@ func fromCheckpoint(cp *store.Checkpoint, start *core.Start) error {
 }
 
 func (rp *replica) writeCheckpoint(cp store.Checkpoint) error {
+	if err := rp.store.WriteOut(rp.yieldDisk); err != nil {
+		return fmt.Errorf("write out the backing store: %w", err)
+	}
 	if err := rp.store.Sync(); err != nil {
 		return fmt.Errorf("fsync the backing store: %w", err)
 	}
@@ -198,4 +201,16 @@ func (rp *replica) writeCheckpoint(cp store.Checkpoint) error {
 		return fmt.Errorf("write the checkpoint at %v: %w", cp.Applied, err)
 	}
 	return nil
+}
+
+// yieldDisk leaves the disk to a FLUSH that waits for it. It reports whether
+// there is time to go on gently.
+func (rp *replica) yieldDisk() bool {
+	if rp.stopping.Load() {
+		return false
+	}
+	if rp.syncer.waited() {
+		sleep(rp.ctx, checkpointYield)
+	}
+	return true
 }

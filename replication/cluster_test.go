@@ -38,6 +38,7 @@ type testCluster struct {
 	view  core.View
 	cut   map[[2]ident.Node]bool
 	fails []string
+	sends int // messages between nodes
 }
 
 type testNode struct {
@@ -210,6 +211,7 @@ func (n *testNode) Send(to ident.Node, vol ident.Volume, m wire.Message) {
 	}
 	n.c.mu.Lock()
 	lost := n.c.cut[[2]ident.Node{n.name, to}]
+	n.c.sends++
 	n.c.mu.Unlock()
 	if lost {
 		return

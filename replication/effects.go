@@ -36,6 +36,10 @@ func (rp *replica) perform() bool {
 		rp.performAnswers(e)
 		return false
 	}
+	if e.SyncTo != 0 && len(e.Append) == 0 && !e.Cut && e.Reset == nil && rp.failedWith == nil {
+		// All of it is in the file: the disk works while the rest is done.
+		rp.syncer.demand(e.SyncTo)
+	}
 	for i := range e.Early {
 		rp.send(&e.Early[i])
 	}
@@ -119,6 +123,9 @@ func (rp *replica) performDisk(e *core.Effects) (bool, error) {
 		if err := rp.append(e.Append); err != nil {
 			return false, err
 		}
+	}
+	if e.SyncTo != 0 {
+		rp.syncer.demand(e.SyncTo) // before the answers: the disk works while they go out
 	}
 	if e.MetaDirty {
 		rp.meta.Promise, rp.meta.Amnesiac = e.Meta.Promise, e.Meta.Amnesiac
@@ -212,9 +219,6 @@ func (rp *replica) performAnswers(e *core.Effects) {
 
 // performBackground hands work to the other goroutines.
 func (rp *replica) performBackground(e *core.Effects) error {
-	if e.SyncTo != 0 {
-		rp.syncer.demand(e.SyncTo)
-	}
 	if e.ApplyTo != 0 {
 		rp.applier.allow(e.ApplyTo)
 	}

@@ -20,12 +20,21 @@ const (
 	forwardedMaxDefault   = 2 * 64 * 128
 	forwardedBytesDefault = 512 << 20
 	// checkpointMaxDefault bounds what a restart must replay.
-	checkpointMaxDefault = 64 << 20
-	checkpointAgeDefault = 10 * time.Second
+	// The longer it takes, the more blocks are overwritten in the page cache and
+	// written to the disk once. As much again as the log retains anyway.
+	checkpointMaxDefault = 256 << 20
+	checkpointMaxLeast   = 64 << 20 // with a log_retention below it
+	checkpointAgeDefault = 30 * time.Second
+	// checkpointYield is how long a checkpoint leaves the disk alone when a
+	// FLUSH waits, before each group of blocks that it writes out.
+	checkpointYield = 2 * time.Millisecond
 	// syncBytesDefault and syncAgeDefault keep the unfsynced tail short, so
-	// that a FLUSH finds little left to do and applying never waits long.
-	syncBytesDefault = 8 << 20
-	syncAgeDefault   = 50 * time.Millisecond
+	// that applying never waits long and the overlay need not read the log again.
+	syncBytesDefault = 16 << 20
+	syncAgeDefault   = 100 * time.Millisecond
+	// writeOutBytes of log are sent to the disk as they come, without an fsync,
+	// so that a FLUSH finds little left to do.
+	writeOutBytes = 4 << 20
 	// linkLeaseDefault is how late an unanswered write may still take effect
 	// (design section 3, forwarders are fenced too).
 	linkLeaseDefault = 5 * time.Second

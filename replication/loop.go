@@ -30,8 +30,8 @@ func (rp *replica) turn() {
 // It ends when ctx has ended, the inbox is closed and empty, and nobody has the
 // turn.
 func (rp *replica) runLoop(ctx context.Context) {
-	ticker := time.NewTicker(rp.tickEvery())
-	defer ticker.Stop()
+	timer := time.NewTimer(untilNext(rp.clock, rp.tickEvery()))
+	defer timer.Stop()
 	done := ctx.Done()
 	rp.in.tick()
 	for {
@@ -45,14 +45,23 @@ func (rp *replica) runLoop(ctx context.Context) {
 		case <-done:
 			done = nil
 		case <-rp.in.wake:
-		case <-ticker.C:
+		case <-timer.C:
 			rp.in.tick()
+			timer.Reset(untilNext(rp.clock, rp.tickEvery()))
 		}
 	}
 }
 
 // tickEvery is the time between two ticks of the core.
 func (rp *replica) tickEvery() time.Duration { return rp.opt.Heartbeat / 2 }
+
+// untilNext returns how long it is until the clock is a multiple of every. What
+// is done now and then is done then: all volumes of a node tick at the same
+// moments, so that many idle ones wake it once, and what they say to a peer goes
+// out together.
+func untilNext(c Clock, every time.Duration) time.Duration {
+	return every - time.Duration(c.Boot()%core.Instant(every))
+}
 
 // step feeds the core what is in the inbox, again and again, and performs what
 // it decides, until the inbox is empty; after the given number of batches (0: no
@@ -72,6 +81,7 @@ func (rp *replica) step(rounds int) {
 		if now >= rp.nextTick {
 			// By the clock, not by the ticker: who is busy finds it due, too.
 			rp.nextTick = now + core.Instant(rp.tickEvery())
+			rp.nextTick -= rp.nextTick % core.Instant(rp.tickEvery())
 			rp.core.DiskRead(rp.readers.oldest())
 			rp.core.Tick(now)
 			rp.tickBarriers(now)

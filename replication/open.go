@@ -157,6 +157,7 @@ func (rp *replica) openLog(applied ident.Position, target bool) (*wal.Log, wal.R
 	dir := filepath.Join(rp.opt.Dir, logDir)
 	o := wal.Options{
 		Volume: rp.v.opts.Volume, Replica: rp.id, RetentionBytes: rp.opt.LogRetention, SegmentBytes: rp.opt.LogSegment,
+		SpareBytes:   rp.v.opts.Limits.CheckpointMax,
 		DurableFloor: applied.Seq, VerifyAfter: applied.Seq,
 	}
 	if !target {

@@ -293,7 +293,8 @@ func (o *overlay) remove(seq ident.Seq) {
 }
 
 // look appends what overlaps the range to dst, in order of seq, each with a
-// reference of its payload; entries above upTo are left out. It returns the
+// reference of its payload; entries above upTo are left out, and so may be
+// those that a newer one with data covers. It returns the
 // newest seq that it considered: what comes later, a reader checks with
 // touched.
 func (o *overlay) look(off, end uint64, upTo ident.Seq, dst []patch) ([]patch, ident.Seq) {
@@ -311,6 +312,10 @@ func (o *overlay) look(off, end uint64, upTo ident.Seq, dst []patch) ([]patch, i
 			dst = o.lookOneLocked(seq, off, end, upTo, dst)
 		}
 		return dst, newest
+	}
+	if from == to && len(o.big.all()) == 0 {
+		chunk := o.chunks[from]
+		return o.lookBackLocked(chunk.all(), off, end, upTo, dst), newest
 	}
 	lists := 0
 	if big := o.big.all(); len(big) > 0 {
@@ -341,6 +346,22 @@ func (o *overlay) look(off, end uint64, upTo ident.Seq, dst []patch) ([]patch, i
 		})
 	}
 	return dst, newest
+}
+
+// lookBackLocked is look for a range that one list knows all of: from the newest
+// entry to one with data that covers the range, behind which nothing can be
+// seen. A block that is written over and over is so found in one step.
+func (o *overlay) lookBackLocked(seqs []ident.Seq, off, end uint64, upTo ident.Seq, dst []patch) []patch {
+	base := len(dst)
+	for i := len(seqs) - 1; i >= 0; i-- {
+		n := len(dst)
+		dst = o.lookOneLocked(seqs[i], off, end, upTo, dst)
+		if len(dst) > n && dst[n].kind == wire.KindData && dst[n].off <= off && dst[n].end >= end {
+			break
+		}
+	}
+	slices.Reverse(dst[base:])
+	return dst
 }
 
 func (o *overlay) lookOneLocked(seq ident.Seq, off, end uint64, upTo ident.Seq, dst []patch) []patch {

@@ -2,6 +2,7 @@ package replication
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -187,4 +188,42 @@ func TestApplyPlanLeavesWhatTheOrderLeaves(t *testing.T) {
 			rt.Fatal("a byte is written twice")
 		}
 	})
+}
+
+// TestOverlayShowsTheNewestOfMany: a block that was written over and over is one
+// patch to a reader, however long the backlog; what covers a part is not enough.
+func TestOverlayShowsTheNewestOfMany(t *testing.T) {
+	o := newOverlay(0, 1<<20)
+	add := func(seq ident.Seq, kind wire.Kind, off, n uint64) {
+		o.addRef(&wire.Entry{Pos: ident.Position{Epoch: 1, Seq: seq}, Kind: kind, Off: off, Len: n})
+	}
+	seqs := func(off, end uint64, upTo ident.Seq) (list []ident.Seq) {
+		ps, _ := o.look(off, end, upTo, nil)
+		for _, p := range ps {
+			list = append(list, p.seq)
+		}
+		return list
+	}
+	for seq := ident.Seq(1); seq <= 100; seq++ {
+		add(seq, wire.KindData, 8192, 4096)
+	}
+	add(101, wire.KindData, 8192, 512)
+	add(102, wire.KindZero, 8192, 4096)
+	for _, c := range []struct {
+		off, end uint64
+		upTo     ident.Seq
+		want     []ident.Seq
+	}{
+		{8192, 12288, 100, []ident.Seq{100}},
+		{8192, 12288, 50, []ident.Seq{50}},
+		{8192, 12288, 101, []ident.Seq{100, 101}},
+		{8192, 8704, 101, []ident.Seq{101}},
+		// Zeroes hide nothing: BlockStatus is to see the data below.
+		{8192, 12288, 102, []ident.Seq{100, 101, 102}},
+		{12288, 16384, 102, nil},
+	} {
+		if got := seqs(c.off, c.end, c.upTo); !slices.Equal(got, c.want) {
+			t.Errorf("[%d, %d) as of %d: entries %v, want %v", c.off, c.end, c.upTo, got, c.want)
+		}
+	}
 }

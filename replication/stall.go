@@ -37,14 +37,15 @@ func (rp *replica) oldest() (what string, since core.Instant) {
 func (rp *replica) runStallWatch(ctx context.Context) {
 	defer rp.wg.Done()
 	every := rp.opt.StallTimeout / 4
-	ticker := time.NewTicker(every)
-	defer ticker.Stop()
+	timer := time.NewTimer(untilNext(rp.clock, every))
+	defer timer.Stop()
 	var began core.Instant // of the operation that was said to hang
 	for last := rp.clock.Boot(); ; {
 		select {
 		case <-ctx.Done():
 			return
-		case <-ticker.C:
+		case <-timer.C:
+			timer.Reset(untilNext(rp.clock, every))
 		}
 		now := rp.clock.Boot()
 		late := now-last > core.Instant(2*every)

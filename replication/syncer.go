@@ -18,6 +18,7 @@ type syncer struct {
 	durable ident.Seq
 	want    ident.Seq // demanded
 	bytes   int64     // written and not fsynced
+	ahead   int64     // of them, written since the last write-out began
 	since   core.Instant
 	cuts    uint64 // generation of the log: a cut begins a new one
 }
@@ -40,6 +41,27 @@ func (s *syncer) wrote(seq ident.Seq, bytes int64, now core.Instant) {
 	}
 	s.written = seq
 	s.bytes += bytes + 1 // so that entries without a payload count too
+	if s.ahead += bytes; s.ahead >= writeOutBytes {
+		signal(s.wake)
+	}
+}
+
+// writeOut reports whether a write-out is to begin now, and notes that it does.
+func (s *syncer) writeOut() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ahead < writeOutBytes {
+		return false
+	}
+	s.ahead = 0
+	return true
+}
+
+// waited reports whether somebody waits for an fsync.
+func (s *syncer) waited() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.want > s.durable
 }
 
 // demand asks for an fsync of everything up to seq at once.
@@ -90,7 +112,7 @@ func (s *syncer) due(now core.Instant, l *Limits) (bool, time.Duration, uint64) 
 	}
 	left := time.Duration(s.since + core.Instant(l.SyncAge) - now)
 	if s.want > s.durable || s.bytes >= l.SyncBytes || left <= 0 {
-		s.bytes = 0
+		s.bytes, s.ahead = 0, 0
 		return true, 0, s.cuts
 	}
 	return false, left, 0
@@ -121,6 +143,15 @@ func (rp *replica) runSyncer(ctx context.Context) {
 	defer timer.Stop()
 	for ctx.Err() == nil {
 		now, left, gen := rp.syncer.due(rp.clock.Boot(), &rp.v.opts.Limits)
+		if !now && rp.syncer.writeOut() {
+			// The disk works while more is written; the fsync then waits for
+			// the rest only.
+			if err := rp.log.WriteOut(); err != nil {
+				rp.fail(&syncError{err})
+				return
+			}
+			continue
+		}
 		if !now {
 			if left == 0 {
 				left = time.Hour

@@ -36,7 +36,7 @@ func TestSyncerCountsWhatAnFsyncCovered(t *testing.T) {
 	if !woken() {
 		t.Fatal("an entry after the fsync wakes nobody")
 	}
-	if _, left, _ := s.due(4, &l); left != 50*time.Millisecond {
-		t.Fatalf("the entry may wait %v, want 50ms", left)
+	if _, left, _ := s.due(4, &l); left != 100*time.Millisecond {
+		t.Fatalf("the entry may wait %v, want 100ms", left)
 	}
 }

@@ -44,6 +44,7 @@ func (s *Sim) syncDone(n *node) {
 func (s *Sim) applyStep(n *node) {
 	n.apply.on = false
 	if n.disk.failed {
+		s.put(n, input{kind: inFailed}) // as any write that fails
 		return
 	}
 	if wait := n.disk.hungTo - s.now; wait > 0 {

@@ -15,6 +15,7 @@ const (
 	OpRead     Op = "read"
 	OpWrite    Op = "write"
 	OpSync     Op = "sync" // Sync and Datasync
+	OpWriteOut Op = "writeout"
 	OpTruncate Op = "truncate"
 	OpAllocate Op = "allocate"
 	OpZero     Op = "zero" // PunchHole and ZeroRange
@@ -28,7 +29,7 @@ func (o Op) Mutates() bool {
 	switch o {
 	case OpMkdir, OpRename, OpRemove, OpSyncDir, OpWrite, OpSync, OpTruncate, OpAllocate, OpZero:
 		return true
-	case OpOpen, OpLock, OpList, OpRead, OpSeek, OpSize, OpClose:
+	case OpOpen, OpLock, OpList, OpRead, OpSeek, OpSize, OpClose, OpWriteOut:
 	}
 	return false
 }
@@ -171,6 +172,13 @@ func (f *injectFile) Sync() error {
 		return err
 	}
 	return f.f.Sync()
+}
+
+func (f *injectFile) WriteOut(off, n int64, wait bool) error {
+	if err := f.ask(OpWriteOut, off, n); err != nil {
+		return err
+	}
+	return f.f.WriteOut(off, n, wait)
 }
 
 func (f *injectFile) Truncate(size int64) error {

@@ -322,6 +322,21 @@ func pwritev(fd int, vec []unix.Iovec, off int64) (int, error) {
 func (f *osFile) Datasync() error { return f.do("fdatasync", unix.Fdatasync) }
 func (f *osFile) Sync() error     { return f.do("fsync", unix.Fsync) }
 
+func (f *osFile) WriteOut(off, n int64, wait bool) error {
+	if n <= 0 {
+		return nil // the kernel would take 0 for all
+	}
+	flags := unix.SYNC_FILE_RANGE_WRITE
+	if wait {
+		flags |= unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	}
+	err := f.do("sync_file_range", func(fd int) error { return unix.SyncFileRange(fd, off, n, flags) })
+	if unsupported(err) {
+		return nil
+	}
+	return err
+}
+
 func (f *osFile) Truncate(size int64) error {
 	return f.do("truncate", func(fd int) error { return unix.Ftruncate(fd, size) })
 }

@@ -115,6 +115,12 @@ type File interface {
 	WritevAt(bufs [][]byte, off int64) (int, error)
 	Datasync() error
 	Sync() error
+	// WriteOut begins to send to the disk what was written of a range, so that
+	// a later Datasync finds less to do; with wait it returns when the disk has
+	// taken it. It makes nothing durable. Its error is final as one of Datasync
+	// is: the kernel tells of a lost page only once. Where there is no such call
+	// it does nothing.
+	WriteOut(off, n int64, wait bool) error
 	// Truncate sets the size; a block device refuses.
 	Truncate(size int64) error
 	// Allocate reserves room for a range and makes the file at least that

@@ -255,7 +255,9 @@ func (c *Core) Durable(now Instant, seq ident.Seq) {
 		return
 	}
 	c.durable = seq
-	if c.follow.syncTo != 0 && c.durable >= min(c.follow.syncTo, c.follow.matched) {
+	if c.follow.syncTo != 0 {
+		// Somebody waits: if not for this, then for what came before the newest
+		// wish.
 		c.follow.ackDue = true
 	}
 	c.clearAmnesia()

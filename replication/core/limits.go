@@ -15,6 +15,9 @@ const (
 	// queueMax bounds the requests that wait to be admitted. The NBD server's
 	// own limits are far below; beyond it a request is answered Retry.
 	queueMax = 1 << 16
+	// flushHabitMin is how many FLUSHes in a row must have come after the same
+	// number of entries before the next one is expected.
+	flushHabitMin = 3
 	// replayGuard is how long every request of a session that has replayed is
 	// looked up, in ns: its first sending may still be under way.
 	replayGuard = 30e9

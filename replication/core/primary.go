@@ -21,7 +21,8 @@ type primary struct {
 	synced waiters // answered when durable on a majority as well
 
 	durableCommit ident.Seq // fsynced by a majority of every set in force
-	syncTo        ident.Seq // the highest seq that somebody waits to be durable
+	syncTo        ident.Seq // the highest seq that somebody waits to be durable, or soon will
+	habit         flushHabit
 
 	askedAt  Instant // when the lease was last asked for, of ourselves too
 	askDue   bool
@@ -223,6 +224,7 @@ func (c *Core) admit(r *Request, at Instant) {
 	}
 	if r.Flush {
 		// It covers everything appended when it arrives, the inherited included.
+		c.p.habit.flushed(c.last.Seq)
 		c.await(waiter{seq: c.last.Seq, origin: r.Origin, at: at}, true)
 		return
 	}
@@ -246,6 +248,9 @@ func (c *Core) admit(r *Request, at Instant) {
 	e.Flags, e.Off, e.Len, e.Session, e.Request = r.Flags, r.Off, r.Len, r.Session, r.Request
 	c.appendOwn(r.Kind, nil, e)
 	c.await(waiter{seq: c.last.Seq, origin: r.Origin, at: at}, r.FUA)
+	if c.p.habit.expects(c.last.Seq) {
+		c.p.syncTo = max(c.p.syncTo, c.last.Seq)
+	}
 }
 
 // replay deals with a request that may be in the log already. It reports

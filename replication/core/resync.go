@@ -72,7 +72,8 @@ func (c *Core) onResyncStart(from ident.Node, m *wire.ResyncStart) {
 	if !first {
 		return // it is what a stream begins with: late, or twice, and by now this replica may be in the set
 	}
-	if m.Payload == nil || c.t.reset != nil || c.t.writing > 0 || c.applied < c.applyTo {
+	c.learnShared(m)
+	if m.Payload == nil || c.t.reset != nil || c.t.writing > 0 || c.applied < max(c.applyTo, c.commit) {
 		return // the source asks again
 	}
 	d, err := wire.DecodeResyncData(m.Payload.B)
@@ -108,6 +109,17 @@ func (c *Core) onResyncStart(from ident.Node, m *wire.ResyncStart) {
 	c.t.reset = &snap
 	c.t.snapshotWhole = false
 	c.t.stateDue = true
+}
+
+// learnShared commits what this replica shares with the source: it is applied
+// before the log begins anew, or all that was written since the last checkpoint
+// would count as missing. The source has applied everything up to m.Base, and
+// the two logs hold the same entries up to m.Since (divergence); a replica that
+// has just restarted does not know that they are committed.
+func (c *Core) learnShared(m *wire.ResyncStart) {
+	if !m.Whole {
+		c.commit = max(c.commit, min(m.Since, m.Base.Seq, c.last.Seq))
+	}
 }
 
 // remainingFor returns what this replica lacks when it begins anew at m.Base:
@@ -172,7 +184,19 @@ func (c *Core) onBlocks(from ident.Node, m *wire.Blocks) {
 	wire.RetainPayloads(m)
 	k := *m
 	k.Blocks = slices.Clone(m.Blocks)
-	c.t.pending = append(c.t.pending, &k)
+	c.t.queue(&k)
+}
+
+// queue adds blocks behind those of the same or an older position. They may
+// come in another order than they were sent, and what is held back for their
+// sake (blocksHold) is what lies after the oldest: else an entry would be
+// applied before a block that is older than it.
+func (t *target) queue(b *wire.Blocks) {
+	i := len(t.pending)
+	for i > t.writing && t.pending[i-1].AsOf > b.AsOf {
+		i--
+	}
+	t.pending = slices.Insert(t.pending, i, b)
 }
 
 // dropPending forgets blocks that are not with the driver: what they hold is

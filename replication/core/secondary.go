@@ -34,6 +34,10 @@ func (c *Core) onAppend(from ident.Node, m *wire.Append) {
 	if m.Stream < f.stream {
 		return // sent before the primary began anew with us
 	}
+	// The wish to fsync what has been acked already is answered when that is
+	// done: an answer before it would say nothing new.
+	later := m.Stream == f.stream && len(m.Entries) == 0 && m.LeaseSent == 0 &&
+		f.matched >= m.Prev.Seq && c.durable < min(m.SyncTo, f.matched) && c.failed == ""
 	c.follows(m.Stream)
 	if !f.met && m.Met == c.cfg.Incarnation {
 		f.met, f.metCommit = true, m.Commit
@@ -41,7 +45,7 @@ func (c *Core) onAppend(from ident.Node, m *wire.Append) {
 	if c.failed == "" {
 		c.grant(m)
 	}
-	f.ackDue = true
+	f.ackDue = f.ackDue || !later
 	f.reject = RejectState{}
 	switch {
 	case c.failed != "":

@@ -37,6 +37,7 @@ type Store struct {
 	file    vfs.File
 	size    atomic.Uint64
 	failure atomic.Pointer[error]
+	dirtied dirtied
 }
 
 // OpenStore opens the backing store at path. With create, a file that is not
@@ -118,6 +119,7 @@ func (s *Store) WriteAt(p []byte, off uint64) error {
 		return err
 	}
 	_, err := s.file.WriteAt(p, int64(off))
+	s.dirtied.note(off, uint64(len(p)))
 	return s.done("write", err)
 }
 
@@ -131,6 +133,7 @@ func (s *Store) WritevAt(bufs [][]byte, off uint64) error {
 		return err
 	}
 	_, err := s.file.WritevAt(bufs, int64(off))
+	s.dirtied.note(off, n)
 	return s.done("write", err)
 }
 

@@ -11,9 +11,9 @@ import (
 )
 
 const (
-	// sparesMax is how many empty segments are kept ready. One would do as
-	// long as the disk writes zeroes as fast as records.
-	sparesMax = 2
+	// sparesMin is how many empty segments are kept ready at the least. One
+	// would do as long as the disk writes zeroes as fast as records.
+	sparesMin = 2
 	// prefillSyncs is how many fsyncs in half a segment make it worth while to
 	// write the next one's blocks ahead. It spares each fsync a commit of the
 	// file system's journal (some 250 µs), and costs the disk another 16 MiB.
@@ -207,6 +207,11 @@ func (h *house) work() {
 	}
 }
 
+// sparesMax is how many empty segments are kept.
+func (l *Log) sparesMax() int {
+	return int(max(sparesMin, l.o.SpareBytes/l.o.SegmentBytes))
+}
+
 // recycle voids a segment and keeps its file as a spare, or removes it.
 func (h *house) recycle(s *segment) {
 	if err := s.makeVoid(); err != nil {
@@ -216,7 +221,7 @@ func (h *house) recycle(s *segment) {
 	size, err := s.file.Size()
 	h.mu.Lock()
 	h.retiring = h.retiring[1:]
-	keep := err == nil && size == h.l.o.SegmentBytes && len(h.spares) < sparesMax
+	keep := err == nil && size == h.l.o.SegmentBytes && len(h.spares) < h.l.sparesMax()
 	if keep {
 		h.spares = append(h.spares, &segment{file: s.file, name: s.name, spare: true, index: s.index[:0]})
 	}

@@ -84,3 +84,44 @@ func TestHouseEnds(t *testing.T) {
 		}
 	}
 }
+
+// TestWriteOutLeavesThePageThatIsFilled: what was appended is sent out once, and
+// a failure is as final as that of an fsync.
+func TestWriteOutLeavesThePageThatIsFilled(t *testing.T) {
+	var calls []vfs.Call
+	var fail error
+	fs := vfs.Inject(vfs.NewMem(1), func(c vfs.Call) error {
+		if c.Op != vfs.OpWriteOut {
+			return nil
+		}
+		calls = append(calls, c)
+		return fail
+	})
+	o := small(1)
+	o.SegmentBytes = 1 << 20
+	l, err := Create(fs, logDir, ident.Position{}, o)
+	must(t, err)
+	t.Cleanup(func() { _ = l.Close() })
+	must(t, l.Append(entries(1, 1, 9, 1000), 0)) // 512 + 9*1152 bytes
+	must(t, l.WriteOut())
+	must(t, l.WriteOut())
+	if len(calls) != 1 || calls[0].Off != 0 || calls[0].Len != 8192 {
+		t.Fatalf("wrote out %+v, want the first two pages once", calls)
+	}
+	must(t, l.Append(entries(1, 10, 20, 1000), 0))
+	must(t, l.WriteOut())
+	if len(calls) != 2 || calls[1].Off != 8192 {
+		t.Fatalf("then wrote out %+v", calls[1:])
+	}
+	if l.Durable() != 0 {
+		t.Fatalf("a write-out has made %d durable", l.Durable())
+	}
+	must(t, l.Append(entries(1, 21, 40, 1000), 0))
+	fail = errors.New("bad sector")
+	if err := l.WriteOut(); !errors.Is(err, ErrFailed) {
+		t.Fatalf("write-out: %v", err)
+	}
+	if _, err := l.Sync(); !errors.Is(err, ErrFailed) {
+		t.Errorf("sync after it: %v", err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	iofs "io/fs"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -21,7 +22,9 @@ const (
 	segmentBytesDefault = 16 << 20
 	// segmentBytesMin keeps room for a header and a few records.
 	segmentBytesMin       = 4096
+	pageBytes             = 4096 // of the page cache, at the least
 	retentionBytesDefault = 256 << 20
+	spareBytesDefault     = 32 << 20
 )
 
 // Log is an open log of one replica. See the package comment for which method
@@ -70,6 +73,7 @@ type segment struct {
 	index []uint32 // where entry base+1+i begins, in units of recordAlign
 	end   int64    // first byte behind the last record
 	dirty bool     // bytes were written since the last fsync began
+	out   int64    // write-out has begun up to here
 }
 
 // lastSeq returns the seq of the segment's last entry, its base's without one.
@@ -99,6 +103,9 @@ func (o Options) withDefaults() Options {
 		o.RetentionBytes = retentionBytesDefault
 	case o.RetentionBytes < 0:
 		o.RetentionBytes = 0
+	}
+	if o.SpareBytes == 0 {
+		o.SpareBytes = spareBytesDefault
 	}
 	if o.NewID == nil {
 		o.NewID = func() uint64 {
@@ -255,6 +262,40 @@ func (l *Log) syncLocked() (ident.Seq, error) {
 	return target, nil
 }
 
+// WriteOut begins to send to the disk what was appended, without waiting and
+// without making anything durable: the next Sync then has little left to wait
+// for. The page that is still being filled is left out.
+func (l *Log) WriteOut() error {
+	type piece struct {
+		file    vfs.File
+		off, to int64
+	}
+	var room [4]piece
+	pieces := room[:0]
+	if err := l.usable(); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return ErrClosed
+	}
+	for _, s := range l.segments {
+		if to := s.end &^ (pageBytes - 1); s.dirty && s.out < to {
+			pieces = append(pieces, piece{s.file, s.out, to})
+			s.out = to
+		}
+	}
+	l.mu.Unlock()
+	for _, p := range pieces {
+		// A segment that was cut or trimmed away meanwhile may be closed.
+		if err := p.file.WriteOut(p.off, p.to-p.off, false); err != nil && !errors.Is(err, iofs.ErrClosed) {
+			return l.fail("write out", err)
+		}
+	}
+	return nil
+}
+
 // Truncate drops every entry after the given seq, for good: when it returns,
 // no crash and no later append brings any of them back. What remains is
 // durable. It returns ErrInvalid for a seq before Base.
@@ -307,7 +348,7 @@ func (l *Log) unpublish(k int, after ident.Seq, off int64) {
 	clear(l.segments[k+1:])
 	l.segments = l.segments[:k+1]
 	seg.index = seg.index[:after-seg.header.base.Seq]
-	seg.end = off
+	seg.end, seg.out = off, min(seg.out, off)
 	for len(l.history) > 1 && l.history[len(l.history)-1].First > after {
 		l.history = l.history[:len(l.history)-1]
 	}

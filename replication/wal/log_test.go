@@ -5,6 +5,7 @@ import (
 	"errors"
 	"hash/crc32"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -28,7 +29,7 @@ func must(t testing.TB, err error) {
 func small(seed uint64) Options {
 	rng := rand.New(rand.NewPCG(seed, 2))
 	return Options{
-		Volume: 0xa1, Replica: 0xb2, SegmentBytes: 8 << 10, RetentionBytes: -1,
+		Volume: 0xa1, Replica: 0xb2, SegmentBytes: 8 << 10, RetentionBytes: -1, SpareBytes: 16 << 10,
 		Inline: true, NewID: rng.Uint64,
 	}
 }
@@ -304,8 +305,33 @@ func TestRecyclingKeepsTheNumberOfFiles(t *testing.T) {
 	}
 	names, err := fs.List(logDir)
 	must(t, err)
-	if len(names) > 2+sparesMax {
+	if len(names) > 2+l.sparesMax() {
 		t.Fatalf("%d files for a log of one segment: %v", len(names), names)
+	}
+}
+
+// TestOneTrimGivesBackMany: a checkpoint gives back many segments at once. As
+// many as SpareBytes hold are used again, so no file is made or removed then.
+func TestOneTrimGivesBackMany(t *testing.T) {
+	fs := vfs.NewMem(1)
+	o := small(1)
+	o.SpareBytes = 16 * o.SegmentBytes
+	l := create(t, fs, o)
+	seq := ident.Seq(0)
+	var names []string
+	for round := range 5 {
+		for range 60 { // 8 segments
+			seq++
+			must(t, l.Append(entries(1, seq, seq, 1000), l.Durable()))
+		}
+		syncTo(t, l, seq)
+		must(t, l.TrimTo(seq))
+		now, err := fs.List(logDir)
+		must(t, err)
+		if round > 1 && !slices.Equal(now, names) {
+			t.Fatalf("round %d: files %v, before %v", round, now, names)
+		}
+		names = now
 	}
 }
 

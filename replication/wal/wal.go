@@ -58,6 +58,11 @@ type Options struct {
 	// no longer needed, for peers that are away for a short time; 256 MiB by
 	// default, and none when it is negative.
 	RetentionBytes int64
+	// SpareBytes is how much of trimmed segments is kept to be used again, 32
+	// MiB by default. It should cover what one TrimTo gives back: a new file has
+	// to be made, and its blocks are slower to write and to fsync than those of
+	// one that was written before.
+	SpareBytes int64
 	// DurableFloor is a seq that the caller knows to have been durable (0:
 	// unknown). Open returns ErrCorrupt for a log that ends below it.
 	DurableFloor ident.Seq

@@ -1,0 +1,85 @@
+package store
+
+import (
+	"maps"
+	"slices"
+	"sync"
+)
+
+const (
+	// granuleBits is the grain in which the store remembers where it was
+	// written since the last write-out: 1 MiB.
+	granuleBits = 20
+	// groupGranules is how much of the file is sent to the disk at a time:
+	// enough to keep it busy, and little enough that an fsync of the log which
+	// comes meanwhile waits for some milliseconds at most.
+	groupGranules = 8
+)
+
+// dirtied remembers which granules were written since the last write-out. It
+// grows with what was written, not with the device.
+type dirtied struct {
+	mu   sync.Mutex
+	last uint64 // the newest one, plus one: most writes fall next to another
+	set  map[uint64]struct{}
+}
+
+func (d *dirtied) note(off, n uint64) {
+	if n == 0 {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for g := off >> granuleBits; g <= (off+n-1)>>granuleBits; g++ {
+		if d.last == g+1 {
+			continue
+		}
+		if d.set == nil {
+			d.set = make(map[uint64]struct{})
+		}
+		d.set[g] = struct{}{}
+		d.last = g + 1
+	}
+}
+
+// take returns the granules in order and forgets them.
+func (d *dirtied) take() []uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	list := slices.Sorted(maps.Keys(d.set))
+	clear(d.set)
+	d.last = 0
+	return list
+}
+
+// WriteOut sends to the disk what was written since the last call, a few MiB at
+// a time and waiting for each, so that the Sync after it has little left to do
+// and what others fsync meanwhile does not queue behind all of it. It makes
+// nothing durable. pause is called between two groups; when it returns false
+// the rest is left to Sync. A failure is final.
+func (s *Store) WriteOut(pause func() bool) error {
+	if e := s.failure.Load(); e != nil {
+		return *e
+	}
+	list := s.dirtied.take()
+	for group := range slices.Chunk(list, groupGranules) {
+		// First all are begun, then all are waited for.
+		for _, wait := range []bool{false, true} {
+			for i := 0; i < len(group); {
+				j := i + 1
+				for j < len(group) && group[j] == group[j-1]+1 {
+					j++
+				}
+				err := s.file.WriteOut(int64(group[i]<<granuleBits), int64(j-i)<<granuleBits, wait)
+				if err != nil {
+					return s.done("write out", err)
+				}
+				i = j
+			}
+		}
+		if !pause() {
+			return nil
+		}
+	}
+	return nil
+}
