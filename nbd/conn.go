@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/blockstep/blockstep/internal/buf"
+	"github.com/blockstep/blockstep/internal/sock"
 )
 
 // conn is one client's connection. It has two goroutines: runReader, which
@@ -23,10 +24,12 @@ type conn struct {
 	srv      *Server
 	log      *slog.Logger
 	listener *listener
-	raw      net.Conn        // the socket
-	stream   net.Conn        // the socket, or TLS upon it
-	sock     syscall.RawConn // nil on pipes
-	fd       syscall.RawConn // for writes that do not block: sock, or nil under TLS
+	raw      net.Conn                  // the socket
+	stream   net.Conn                  // the socket, or TLS upon it
+	sock     syscall.RawConn           // nil on pipes
+	fd       syscall.RawConn           // for writes that do not block: sock, or nil under TLS
+	source   io.Reader                 // where requests come from: stream, or thread
+	thread   atomic.Pointer[sock.Conn] // the socket, once a thread of its own reads it: raw is closed then
 	remote   string
 	local    bool
 	since    time.Time
@@ -140,7 +143,7 @@ func (c *conn) kill(reason error) {
 		c.mu.dead = true
 		c.mu.Unlock()
 		close(c.done)
-		c.raw.Close()
+		c.close()
 	})
 }
 
@@ -149,6 +152,9 @@ func (c *conn) kill(reason error) {
 func (c *conn) drain() {
 	c.draining.Store(true)
 	c.raw.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // a closed socket needs no draining
+	if t := c.thread.Load(); t != nil {
+		t.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // likewise
+	}
 	c.wakeReader()
 }
 
@@ -166,7 +172,42 @@ func (c *conn) gone() bool {
 		return true
 	default:
 	}
-	return peerGone(c.sock)
+	return peerGone(c.socket())
+}
+
+// socket gives access to the descriptor; nil on pipes.
+func (c *conn) socket() syscall.RawConn {
+	if t := c.thread.Load(); t != nil {
+		return t.Raw()
+	}
+	return c.sock
+}
+
+// takeThread gives the connection's reader a thread of its own, if there are not
+// too many that have one.
+func (c *conn) takeThread() {
+	if c.fd == nil {
+		return
+	}
+	t := sock.Take(c.raw, sock.Client)
+	if t == nil {
+		return
+	}
+	c.source, c.fd = t, t.Raw()
+	c.thread.Store(t)
+	select {
+	case <-c.done:
+		t.Close() //nolint:errcheck // kill has come before it could know of t
+	default:
+	}
+}
+
+// close closes the socket.
+func (c *conn) close() {
+	c.raw.Close()
+	if t := c.thread.Load(); t != nil {
+		t.Close() //nolint:errcheck // nothing more is wanted of it
+	}
 }
 
 // Why a connection's reader ended, when it was not an error.
@@ -178,7 +219,7 @@ var (
 // run serves the connection until it ends. It returns when no request of it is
 // in flight any more, its session is closed and its goroutines have ended.
 func (c *conn) run(ctx context.Context) {
-	defer c.raw.Close()
+	defer c.close()
 	if err := c.handshake(ctx); err != nil {
 		c.endHandshake(err)
 		return
@@ -226,9 +267,17 @@ func (c *conn) linger(done bool) {
 	if t, ok := c.stream.(*tls.Conn); ok {
 		t.CloseWrite() //nolint:errcheck // as good as can be: the connection ends
 	}
+	var tcp interface {
+		io.Reader
+		CloseWrite() error
+		SetReadDeadline(t time.Time) error
+	}
 	tcp, ok := c.raw.(*net.TCPConn)
 	if !ok || done {
 		return
+	}
+	if t := c.thread.Load(); t != nil {
+		tcp = t
 	}
 	tcp.CloseWrite() //nolint:errcheck // it is gone already, then
 	buf := make([]byte, 4096)
@@ -243,7 +292,7 @@ func (c *conn) linger(done bool) {
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			return // the client has closed, or kill has
 		}
-		if now.Sub(began) >= lingerMax || now.Sub(quiet) >= lingerQuiet && unsent(c.sock) == 0 {
+		if now.Sub(began) >= lingerMax || now.Sub(quiet) >= lingerQuiet && unsent(c.socket()) == 0 {
 			return
 		}
 	}

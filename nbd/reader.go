@@ -217,7 +217,7 @@ func (c *conn) fill(n int, within bool) error {
 	}
 	for c.inEnd < n {
 		c.midRequest.Store(within || c.inEnd > 0)
-		m, err := c.stream.Read(c.in.B[c.inEnd:])
+		m, err := c.source.Read(c.in.B[c.inEnd:])
 		c.inEnd += m
 		c.readBytes.Add(uint64(m))
 		if err != nil && c.inEnd < n {
@@ -242,7 +242,7 @@ func (c *conn) readFull(p []byte) error {
 	c.uncork() // the rest of the payload may be long in coming
 	c.midRequest.Store(true)
 	for len(p) > 0 {
-		m, err := c.stream.Read(p)
+		m, err := c.source.Read(p)
 		c.readBytes.Add(uint64(m))
 		p = p[m:]
 		if err != nil && len(p) > 0 {

@@ -332,6 +332,8 @@ func (c *conn) handshake(ctx context.Context) error {
 	}
 	c.in = buf.Get(readBufferMin)
 	c.out.init()
+	c.source = c.stream
+	c.takeThread()
 	c.serving.Store(true)
 	if c.draining.Load() || c.srv.stopping() {
 		c.drain() // again: the deadline was just cleared

@@ -65,8 +65,14 @@ func newApplier(applied ident.Seq) *applier {
 func (a *applier) allow(seq ident.Seq) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if seq > a.to {
-		a.to = seq
+	if seq <= a.to {
+		return
+	}
+	// It waits for the first of several, and then until there are many or some
+	// time has passed: to wake it for each in between is a thread's work.
+	before, now := a.to-a.applied, seq-a.applied
+	a.to = seq
+	if before == 0 || before < applyEager && now >= applyEager {
 		signal(a.wake)
 	}
 }

@@ -16,7 +16,7 @@ type layer struct {
 
 var layers = []layer{
 	{
-		dir: "nbd", may: []string{"nbd", "internal/buf", "internal/invariant"},
+		dir: "nbd", may: []string{"nbd", "internal/buf", "internal/invariant", "internal/sock"},
 		why: "nbd knows blocks, never replicas: it serves any Device, and could leave this repository",
 	},
 	{

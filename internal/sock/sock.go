@@ -11,16 +11,24 @@
 // system call waits until the runtime's monitor takes one away from somebody,
 // which may be 10 ms later. So GOMAXPROCS rises with the number of Conns: those
 // who wait need none of the machine's.
+//
+// The monitor looks every 20 µs for as long as it finds processors to take away,
+// or all of them idle a moment ago: on a machine where a wake-up is dear it then
+// costs as much as the work. So a reader that has had something to read lately
+// wakes up, and lets others have its processor, before the monitor would take it;
+// with nothing to do the monitor soon looks every 10 ms only.
 package sock
 
 import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,54 +37,93 @@ import (
 // uses the descriptor.
 const closedBit = 1 << 32
 
-// Conn is the reading half of a TCP or unix connection that Take has taken out
-// of the runtime's poller. One goroutine reads at a time; any may Close.
+const (
+	// yieldAfter is how long a reader goes on without a turn of the scheduler,
+	// and keepFor how long it waits in one call, while it is to keep its
+	// processor: both below the monitor's 10 ms.
+	yieldAfter = 5 * time.Millisecond
+	keepFor    = 8 * time.Millisecond
+	// keepRounds is how often it waits for so long before it gives its
+	// processor up: about a second.
+	keepRounds = 125
+)
+
+// Use says what a Conn is for: there is a limit for each.
+type Use int
+
+// The uses.
+const (
+	Link   Use = iota // between two nodes: only read from, by somebody who waits until the end
+	Client            // of a server: read and written, with deadlines
+	uses
+)
+
+// Conn is a TCP or unix connection that Take has taken out of the runtime's
+// poller. One goroutine reads at a time; any may Close, and set the deadline of a
+// Client.
 type Conn struct {
 	fd   int
+	use  Use
 	refs atomic.Int64 // users, Close's own included; closedBit
-	poll [1]unix.PollFd
-	full bool // the last read took all there was room for: there may be more
+	full bool         // the last read took all there was room for: there may be more
+
+	// Only a Client has the second one: an eventfd that ends the wait for the
+	// first, since a deadline may be set from elsewhere.
+	poll     [2]unix.PollFd
+	deadline atomic.Int64 // of reads, Unix nanoseconds; 0: none
+
+	timeout unix.Timespec // the reader's, as all below
+	turn    time.Time     // when it last let others have its processor
+	rounds  int           // waits of keepFor in vain
 }
 
 // Take takes the connection over from c, which it closes. It returns nil, and
-// leaves c alone, when c is no socket or there are connsMax already. The caller is the only user of c, but for
-// such as may close it at any moment, and only reads from here on.
-func Take(c net.Conn) *Conn {
+// leaves c alone, when c is no socket or there are enough Conns of that use
+// already. The caller is the only user of c, but for such as may close it at any
+// moment.
+func Take(c net.Conn, use Use) *Conn {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
 		return nil
 	}
 	raw, err := sc.SyscallConn()
-	if err != nil || !threads.take() {
+	if err != nil || !threads.take(use) {
 		return nil
 	}
-	fd := -1
+	s := &Conn{fd: -1, use: use}
+	s.refs.Store(1)
+	s.poll[1].Fd = -1
 	err = raw.Control(func(old uintptr) {
 		if dup, err := unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0); err == nil {
-			fd = dup
+			s.fd = dup
 		}
 	})
-	if err != nil || fd < 0 {
-		threads.give()
+	if err == nil && s.fd >= 0 && use == Client {
+		var wake int
+		if wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err == nil {
+			s.poll[1] = unix.PollFd{Fd: int32(wake), Events: unix.POLLIN}
+		}
+	}
+	if err != nil || s.fd < 0 {
+		s.release()
 		return nil
 	}
-	s := &Conn{fd: fd}
-	s.refs.Store(1)
-	s.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	s.poll[0] = unix.PollFd{Fd: int32(s.fd), Events: unix.POLLIN}
 	// The runtime's poller would go on waking a thread for each message.
 	_ = c.Close() // the descriptor: the connection lives on in ours
 	return s
 }
 
-// Read waits for bytes. It returns io.EOF at the end, net.ErrClosed after Close.
+// Read waits for bytes. It returns io.EOF at the end, net.ErrClosed after Close,
+// os.ErrDeadlineExceeded after the deadline.
 func (c *Conn) Read(p []byte) (int, error) {
 	if !c.begin() {
 		return 0, net.ErrClosed
 	}
 	defer c.end()
 	for len(p) > 0 {
-		if !c.full {
-			if _, err := unix.Poll(c.poll[:], -1); err != nil && !errors.Is(err, unix.EINTR) {
+		if !c.full || c.deadline.Load() != 0 {
+			if err := c.wait(); err != nil {
 				return 0, err
 			}
 		}
@@ -95,6 +142,122 @@ func (c *Conn) Read(p []byte) (int, error) {
 	}
 	return 0, nil
 }
+
+// wait returns when the socket can be read, or the connection is closed.
+func (c *Conn) wait() error {
+	for {
+		if now := time.Now(); now.Sub(c.turn) >= yieldAfter {
+			c.turn = now
+			runtime.Gosched()
+		}
+		left := time.Duration(-1)
+		if c.rounds < keepRounds {
+			left = keepFor
+		}
+		if d := c.deadline.Load(); d != 0 {
+			until := time.Until(time.Unix(0, d))
+			if until <= 0 {
+				return os.ErrDeadlineExceeded
+			}
+			if left < 0 || until < left {
+				left = until
+			}
+		}
+		n, err := c.ppoll(left)
+		switch {
+		case err != nil && !errors.Is(err, unix.EINTR):
+			return err
+		case c.refs.Load()&closedBit != 0:
+			return nil
+		case n == 0:
+			c.rounds = min(c.rounds+1, keepRounds)
+		case n > 0 && c.poll[1].Revents != 0:
+			var b [8]byte
+			_, _ = unix.Read(int(c.poll[1].Fd), b[:]) // it only wakes: the deadline says why
+		case n > 0:
+			c.rounds = 0
+			return nil
+		}
+	}
+}
+
+// ppoll waits for as long as left, for ever when that is negative.
+func (c *Conn) ppoll(left time.Duration) (int, error) {
+	fds := c.poll[:1]
+	if c.use == Client {
+		fds = c.poll[:]
+	}
+	var timeout *unix.Timespec
+	if left >= 0 {
+		c.timeout = unix.NsecToTimespec(int64(left))
+		timeout = &c.timeout
+	}
+	return unix.Ppoll(fds, timeout, nil)
+}
+
+// SetReadDeadline bounds a Client's Read, the present one too; a zero time takes
+// the bound away.
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	if !c.begin() {
+		return net.ErrClosed
+	}
+	defer c.end()
+	d := int64(0)
+	if !t.IsZero() {
+		d = t.UnixNano()
+	}
+	c.deadline.Store(d)
+	_, err := unix.Write(int(c.poll[1].Fd), []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	return err
+}
+
+// CloseWrite ends the sending direction.
+func (c *Conn) CloseWrite() error {
+	if !c.begin() {
+		return net.ErrClosed
+	}
+	defer c.end()
+	return unix.Shutdown(c.fd, unix.SHUT_WR)
+}
+
+// Raw gives access to the descriptor, which does not block.
+func (c *Conn) Raw() syscall.RawConn { return (*raw)(c) }
+
+// raw is a Conn as the runtime would show it; it is read by Conn.Read alone.
+type raw Conn
+
+// Control calls f with the descriptor.
+func (r *raw) Control(f func(fd uintptr)) error {
+	c := (*Conn)(r)
+	if !c.begin() {
+		return net.ErrClosed
+	}
+	defer c.end()
+	f(uintptr(c.fd))
+	return nil
+}
+
+// Write calls f until it returns true, each time that there may be room.
+func (r *raw) Write(f func(fd uintptr) (done bool)) error {
+	c := (*Conn)(r)
+	if !c.begin() {
+		return net.ErrClosed
+	}
+	defer c.end()
+	for !f(uintptr(c.fd)) {
+		fds := []unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLOUT}}
+		if _, err := unix.Ppoll(fds, nil, nil); err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if c.refs.Load()&closedBit != 0 {
+			return net.ErrClosed
+		}
+	}
+	return nil
+}
+
+// Read is not for use.
+func (r *raw) Read(func(fd uintptr) (done bool)) error { return errors.ErrUnsupported }
 
 // Close ends the connection, both ways, and a Read that waits. It may be called
 // more than once.
@@ -122,15 +285,27 @@ func (c *Conn) begin() bool {
 
 func (c *Conn) end() {
 	if c.refs.Add(-1) == closedBit {
-		_ = unix.Close(c.fd)
-		threads.give()
+		c.release()
 	}
 }
 
+// release gives back what Take has taken.
+func (c *Conn) release() {
+	for _, fd := range []int{c.fd, int(c.poll[1].Fd)} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	threads.give(c.use)
+}
+
 const (
-	// connsMax is how many Conns there are at a time in a process: a cluster has
+	// linksMax is how many links there are at a time in a process: a cluster has
 	// a few nodes, and each links to all others. Take refuses what is beyond.
-	connsMax = 16
+	linksMax = 16
+	// clientsMax is how many clients have threads: with more of them busy at a
+	// time, the runtime's poller finds several ready at once and is the cheaper.
+	clientsMax = 8
 	// spareProcs are for those who wait in other system calls, in an fsync say.
 	spareProcs = 4
 )
@@ -140,31 +315,39 @@ var threads threadCount
 
 type threadCount struct {
 	mu    sync.Mutex
-	live  int
+	live  [uses]int
 	procs int // GOMAXPROCS before the first Conn; 0: there was none yet
+}
+
+// most returns how many Conns of a use there may be.
+func (u Use) most() int {
+	if u == Client {
+		return clientsMax
+	}
+	return linksMax
 }
 
 // take counts one more and sees that there are processors for all; false when
 // there are too many already. GOMAXPROCS does not fall again: to change it stops
 // the world for a moment.
-func (t *threadCount) take() bool {
+func (t *threadCount) take(use Use) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.live == connsMax {
+	if t.live[use] == use.most() {
 		return false
 	}
-	t.live++
+	t.live[use]++
 	if t.procs == 0 {
 		t.procs = runtime.GOMAXPROCS(0)
 	}
-	if need := t.procs + t.live + spareProcs; need > runtime.GOMAXPROCS(0) {
+	if need := t.procs + t.live[Link] + t.live[Client] + spareProcs; need > runtime.GOMAXPROCS(0) {
 		runtime.GOMAXPROCS(need)
 	}
 	return true
 }
 
-func (t *threadCount) give() {
+func (t *threadCount) give(use Use) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.live--
+	t.live[use]--
 }

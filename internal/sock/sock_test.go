@@ -6,11 +6,14 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // pair returns both ends of a connection.
@@ -40,7 +43,7 @@ func each(t *testing.T, f func(t *testing.T, dialed net.Conn, c *Conn)) {
 	for _, network := range []string{"tcp", "unix"} {
 		t.Run(network, func(t *testing.T) {
 			d, a := pair(t, network)
-			c := Take(a)
+			c := Take(a, Client)
 			if c == nil {
 				t.Fatal("not taken")
 			}
@@ -138,23 +141,23 @@ func TestConnsAreCounted(t *testing.T) {
 	live := func() int {
 		threads.mu.Lock()
 		defer threads.mu.Unlock()
-		return threads.live
+		return threads.live[Link]
 	}
 	before := live()
 	var conns []*Conn
-	for range connsMax - before {
+	for range linksMax - before {
 		_, a := pair(t, "tcp")
-		c := Take(a)
+		c := Take(a, Link)
 		if c == nil {
 			t.Fatalf("%d were taken", len(conns))
 		}
 		conns = append(conns, c)
 	}
-	if got := runtime.GOMAXPROCS(0); got < connsMax+spareProcs {
-		t.Errorf("%d processors for %d threads that wait", got, connsMax)
+	if got := runtime.GOMAXPROCS(0); got < linksMax+spareProcs {
+		t.Errorf("%d processors for %d threads that wait", got, linksMax)
 	}
 	_, a := pair(t, "tcp")
-	if Take(a) != nil {
+	if Take(a, Link) != nil {
 		t.Error("one too many was taken")
 	}
 	if err := a.SetDeadline(time.Time{}); err != nil {
@@ -166,7 +169,7 @@ func TestConnsAreCounted(t *testing.T) {
 	if live() != before {
 		t.Errorf("%d count after they were closed, %d before", live(), before)
 	}
-	if c := Take(a); c == nil || c.Close() != nil {
+	if c := Take(a, Link); c == nil || c.Close() != nil {
 		t.Error("there was room again, and it was not taken")
 	}
 }
@@ -175,10 +178,100 @@ func TestConnsAreCounted(t *testing.T) {
 func TestTakesSocketsOnly(t *testing.T) {
 	a, b := net.Pipe()
 	defer b.Close()
-	if Take(a) != nil {
+	if Take(a, Link) != nil {
 		t.Fatal("a pipe is no socket")
 	}
 	if err := a.Close(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A deadline ends a Read that waits, also one that is set meanwhile; without it
+// the bytes that came are there.
+func TestDeadlineEndsARead(t *testing.T) {
+	each(t, func(t *testing.T, d net.Conn, c *Conn) {
+		b := make([]byte, 16)
+		if err := c.SetReadDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("a Read with a deadline ended with %v", err)
+		}
+		if err := c.SetReadDeadline(time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		reading := make(chan struct{})
+		wg.Go(func() {
+			<-reading
+			if err := c.SetReadDeadline(time.Unix(1, 0)); err != nil {
+				t.Error(err)
+			}
+		})
+		close(reading)
+		if _, err := c.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("a Read that waited ended with %v", err)
+		}
+		wg.Wait()
+		if _, err := d.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SetReadDeadline(time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := c.Read(b); err != nil || string(b[:n]) != "hello" {
+			t.Errorf("read %q, %v", b[:n], err)
+		}
+		_ = c.Close()
+		if err := c.SetReadDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("SetReadDeadline after Close: %v", err)
+		}
+	})
+}
+
+// Raw writes wait for room, and end when the connection is closed; CloseWrite
+// is the end for the peer, which may still be read from.
+func TestRawWritesWaitForRoom(t *testing.T) {
+	each(t, func(t *testing.T, d net.Conn, c *Conn) {
+		chunk := make([]byte, 64<<10)
+		write := func() error {
+			var failed error
+			err := c.Raw().Write(func(fd uintptr) bool {
+				_, err := unix.Write(int(fd), chunk)
+				if errors.Is(err, unix.EAGAIN) {
+					return false
+				}
+				failed = err
+				return true
+			})
+			return errors.Join(err, failed)
+		}
+		const rounds = 200 // more than any socket buffer holds
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for range rounds {
+				if err := write(); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := c.CloseWrite(); err != nil {
+				t.Error(err)
+			}
+		})
+		n, err := io.Copy(io.Discard, d)
+		wg.Wait()
+		if err != nil || n > rounds*int64(len(chunk)) || n == 0 {
+			t.Errorf("%d bytes arrived, %v", n, err)
+		}
+		if _, err := d.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := c.Read(chunk); n != 1 || err != nil {
+			t.Errorf("after CloseWrite: %d bytes, %v", n, err)
+		}
+		_ = c.Close()
+		if err := c.Raw().Control(func(uintptr) {}); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Control after Close: %v", err)
+		}
+	})
 }

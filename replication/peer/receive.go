@@ -167,7 +167,7 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 // begin prepares the reading of an accepted connection.
 func (l *link) begin(conn net.Conn, generation uint64, version uint8) *reception {
 	rc := &reception{l: l, conn: conn, generation: generation}
-	if c := sock.Take(conn); c != nil {
+	if c := sock.Take(conn, sock.Link); c != nil {
 		rc.conn = c
 	}
 	rc.r = wire.NewReaderOf(rc.conn, wire.Versions{Min: version, Max: version})
