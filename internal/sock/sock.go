@@ -1,22 +1,22 @@
-// Package sock reads a socket by a thread of its own. Go's poller wakes a thread
-// that waits in epoll, which finds out whose bytes they are, wakes the goroutine,
-// and mostly another thread that looks for more work; at one small message at a
-// time that costs more than the message. A Conn's reader waits in poll(2) for its
-// own socket, and goes on where it stood: one wake-up a message, and it keeps its
-// processor while it waits.
+// Package sock reads a busy socket by a thread of its own. Go's poller wakes a
+// thread that waits in epoll, which finds out whose bytes they are, wakes the
+// goroutine, and mostly another thread that looks for more work; at one small
+// message at a time that costs more than the message. The reader of a Conn that is
+// busy waits in poll(2) for its own socket, and goes on where it stood: one wake-up
+// a message, and it keeps its processor while it waits.
 //
 // It costs a thread for each Conn whose reader waits, so it is for connections
-// that are few and busy; and one of the scheduler's processors, which such a
-// thread keeps for up to 10 ms. When none is left, whoever comes back from a
-// system call waits until the runtime's monitor takes one away from somebody,
-// which may be 10 ms later. So GOMAXPROCS rises with the number of Conns: those
-// who wait need none of the machine's.
+// that are few; and one of the scheduler's processors, which such a thread keeps
+// for up to 10 ms. When none is left, whoever comes back from a system call waits
+// until the runtime's monitor takes one away from somebody, which may be 10 ms
+// later. So GOMAXPROCS rises with the number of Conns: those who wait need none of
+// the machine's.
 //
-// The monitor looks every 20 µs for as long as it finds processors to take away,
-// or all of them idle a moment ago: on a machine where a wake-up is dear it then
-// costs as much as the work. So a reader that has had something to read lately
-// wakes up, and lets others have its processor, before the monitor would take it;
-// with nothing to do the monitor soon looks every 10 ms only.
+// The monitor looks every 20 µs for as long as a processor was taken away, or kept
+// by who waits, a moment ago: where a wake-up is dear that costs as much as the
+// work. So a reader that is busy lets others have its processor before the monitor
+// would take it, and the monitor soon looks every 10 ms only. And a reader that is
+// not busy waits by Go's poller as any other does: it keeps nothing.
 package sock
 
 import (
@@ -38,14 +38,14 @@ import (
 const closedBit = 1 << 32
 
 const (
-	// yieldAfter is how long a reader goes on without a turn of the scheduler,
-	// and keepFor how long it waits in one call, while it is to keep its
-	// processor: both below the monitor's 10 ms.
-	yieldAfter = 5 * time.Millisecond
-	keepFor    = 8 * time.Millisecond
-	// keepRounds is how often it waits for so long before it gives its
-	// processor up: about a second.
-	keepRounds = 125
+	// keepFor is how long a busy reader goes on without a turn of the scheduler:
+	// less than the monitor's 10 ms.
+	keepFor = 8 * time.Millisecond
+	// A reader is busy once busyReads reads have come with no more than busyGap
+	// between two of them, and until one is idleGap late.
+	busyReads = 32
+	busyGap   = 2 * time.Millisecond
+	idleGap   = 20 * time.Millisecond
 )
 
 // Use says what a Conn is for: there is a limit for each.
@@ -67,14 +67,23 @@ type Conn struct {
 	refs atomic.Int64 // users, Close's own included; closedBit
 	full bool         // the last read took all there was room for: there may be more
 
-	// Only a Client has the second one: an eventfd that ends the wait for the
-	// first, since a deadline may be set from elsewhere.
+	// What a wait is for: the socket, and for a Client an eventfd that ends the
+	// wait, since a deadline may be set from elsewhere.
 	poll     [2]unix.PollFd
 	deadline atomic.Int64 // of reads, Unix nanoseconds; 0: none
 
-	timeout unix.Timespec // the reader's, as all below
-	turn    time.Time     // when it last let others have its processor
-	rounds  int           // waits of keepFor in vain
+	// What Go's poller knows of the Conn: an epoll that has what poll has, while
+	// the reader is not busy. So the socket itself is no longer the runtime's.
+	idle  *os.File
+	quiet syscall.RawConn // of idle
+	ready func(fd uintptr) bool
+
+	// The reader's.
+	timeout unix.Timespec
+	armed   bool      // idle has the socket
+	turn    time.Time // when others last had its processor
+	last    time.Time // when there was something to read
+	streak  int       // of reads that came close together
 }
 
 // Take takes the connection over from c, which it closes. It returns nil, and
@@ -98,20 +107,57 @@ func Take(c net.Conn, use Use) *Conn {
 			s.fd = dup
 		}
 	})
-	if err == nil && s.fd >= 0 && use == Client {
-		var wake int
-		if wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err == nil {
-			s.poll[1] = unix.PollFd{Fd: int32(wake), Events: unix.POLLIN}
-		}
+	if err == nil && s.fd >= 0 {
+		err = s.open()
 	}
 	if err != nil || s.fd < 0 {
 		s.release()
 		return nil
 	}
-	s.poll[0] = unix.PollFd{Fd: int32(s.fd), Events: unix.POLLIN}
 	// The runtime's poller would go on waking a thread for each message.
 	_ = c.Close() // the descriptor: the connection lives on in ours
 	return s
+}
+
+// open makes what the reader waits by.
+func (c *Conn) open() error {
+	c.poll[0] = unix.PollFd{Fd: int32(c.fd), Events: unix.POLLIN}
+	if c.use == Client {
+		wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+		if err != nil {
+			return err
+		}
+		c.poll[1] = unix.PollFd{Fd: int32(wake), Events: unix.POLLIN}
+	}
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		_ = unix.Close(fd)
+		return err
+	}
+	c.idle = os.NewFile(uintptr(fd), "epoll")
+	if c.quiet, err = c.idle.SyscallConn(); err != nil {
+		return err
+	}
+	c.ready = func(uintptr) bool {
+		n, err := c.ppoll(0)
+		return n > 0 || err != nil && !errors.Is(err, unix.EINTR)
+	}
+	if c.use == Client {
+		return c.watch(unix.EPOLL_CTL_ADD, c.poll[1].Fd)
+	}
+	return nil
+}
+
+// watch adds a descriptor to those that Go's poller knows of, or takes it out.
+func (c *Conn) watch(op int, fd int32) error {
+	var err error
+	cerr := c.quiet.Control(func(ep uintptr) {
+		err = unix.EpollCtl(int(ep), op, int(fd), &unix.EpollEvent{Events: unix.EPOLLIN, Fd: fd})
+	})
+	return errors.Join(err, cerr)
 }
 
 // Read waits for bytes. It returns io.EOF at the end, net.ErrClosed after Close,
@@ -146,39 +192,82 @@ func (c *Conn) Read(p []byte) (int, error) {
 // wait returns when the socket can be read, or the connection is closed.
 func (c *Conn) wait() error {
 	for {
-		if now := time.Now(); now.Sub(c.turn) >= yieldAfter {
-			c.turn = now
-			runtime.Gosched()
-		}
 		left := time.Duration(-1)
-		if c.rounds < keepRounds {
-			left = keepFor
-		}
 		if d := c.deadline.Load(); d != 0 {
-			until := time.Until(time.Unix(0, d))
-			if until <= 0 {
+			if left = time.Until(time.Unix(0, d)); left <= 0 {
 				return os.ErrDeadlineExceeded
 			}
-			if left < 0 || until < left {
-				left = until
-			}
 		}
-		n, err := c.ppoll(left)
+		var n int
+		var err error
+		if c.streak >= busyReads {
+			n, err = c.waitBusy(left)
+		} else {
+			n, err = c.waitQuiet(left)
+		}
 		switch {
-		case err != nil && !errors.Is(err, unix.EINTR):
-			return err
 		case c.refs.Load()&closedBit != 0:
 			return nil
-		case n == 0:
-			c.rounds = min(c.rounds+1, keepRounds)
+		case err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, os.ErrDeadlineExceeded):
+			return err
 		case n > 0 && c.poll[1].Revents != 0:
 			var b [8]byte
 			_, _ = unix.Read(int(c.poll[1].Fd), b[:]) // it only wakes: the deadline says why
 		case n > 0:
-			c.rounds = 0
+			c.came()
 			return nil
 		}
 	}
+}
+
+// waitBusy waits in a thread of its own.
+func (c *Conn) waitBusy(left time.Duration) (int, error) {
+	if c.armed {
+		if err := c.watch(unix.EPOLL_CTL_DEL, c.poll[0].Fd); err != nil {
+			return 0, err
+		}
+		c.armed = false
+	}
+	if now := time.Now(); now.Sub(c.turn) >= keepFor {
+		c.turn = now
+		runtime.Gosched()
+	}
+	return c.ppoll(left)
+}
+
+// waitQuiet waits by Go's poller. There may be nothing when it returns.
+func (c *Conn) waitQuiet(left time.Duration) (int, error) {
+	if !c.armed {
+		if err := c.watch(unix.EPOLL_CTL_ADD, c.poll[0].Fd); err != nil {
+			return 0, err
+		}
+		c.armed = true
+	}
+	if c.use == Client {
+		var until time.Time
+		if left >= 0 {
+			until = time.Now().Add(left)
+		}
+		if err := c.idle.SetReadDeadline(until); err != nil {
+			return 0, err
+		}
+	}
+	if err := c.quiet.Read(c.ready); err != nil {
+		return 0, err
+	}
+	return c.ppoll(0)
+}
+
+// came notes that there is something to read.
+func (c *Conn) came() {
+	now := time.Now()
+	switch gap := now.Sub(c.last); {
+	case gap <= busyGap:
+		c.streak = min(c.streak+1, busyReads)
+	case gap > idleGap || c.streak < busyReads:
+		c.streak = 0
+	}
+	c.last = now
 }
 
 // ppoll waits for as long as left, for ever when that is negative.
@@ -291,6 +380,9 @@ func (c *Conn) end() {
 
 // release gives back what Take has taken.
 func (c *Conn) release() {
+	if c.idle != nil {
+		_ = c.idle.Close()
+	}
 	for _, fd := range []int{c.fd, int(c.poll[1].Fd)} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
