@@ -525,7 +525,7 @@ func (c *Core) Ready(e *Effects) {
 	c.loans = c.loans[:0]
 	c.loans, c.lent = c.lent, c.loans
 	// Only what the driver has had since an earlier batch may go from memory.
-	c.ring.shrink(c.handed)
+	c.ring.shrink(c.sentToAll(), c.handed)
 	if c.isPrimary() {
 		c.readyPrimary()
 	} else {

@@ -3,6 +3,9 @@ package core
 const (
 	// ringEntriesMax bounds the entries kept in memory when they are small.
 	ringEntriesMax = 64 << 10
+	// ringTailShare is what part of the ring's room the newest entries keep when
+	// every peer that listens has been sent them: one may have to be told again.
+	ringTailShare = 32
 	// drainSettle is how long a drained primary waits for the connected
 	// members of the in-sync set to hold its whole log, in ns: so that the node
 	// that is to take over is among the best.

@@ -93,10 +93,16 @@ func (r *entryRing) push(e wire.Entry) {
 	r.bytes += e.PayloadLen()
 }
 
-// shrink drops the oldest entries beyond the limit, but none after keep: those
-// are not handed to the driver yet.
-func (r *entryRing) shrink(keep ident.Seq) {
-	for r.len() > 0 && (r.bytes > r.limit || r.len() > ringEntriesMax) && r.first() <= keep {
+// shrink drops the oldest entries: those up to sent, that no peer waits for, down
+// to a short tail; and beyond the limit all but those after keep, which are not
+// handed to the driver yet. A buffer that is used again soon is still in the
+// processor's cache.
+func (r *entryRing) shrink(sent, keep ident.Seq) {
+	for r.len() > 0 {
+		many := r.bytes > r.limit || r.len() > ringEntriesMax
+		if !(many && r.first() <= keep) && !(r.bytes > r.limit/ringTailShare && r.first() <= min(sent, keep)) {
+			break
+		}
 		e := &r.ents[r.head]
 		r.bytes -= e.PayloadLen()
 		e.Payload.Release()

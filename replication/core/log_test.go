@@ -165,11 +165,11 @@ func TestEntryRingKeepsWhatIsNotHandedOver(t *testing.T) {
 	for seq := ident.Seq(1); seq <= 10; seq++ {
 		r.push(entryAt(seq, 1000))
 	}
-	r.shrink(3)
+	r.shrink(0, 3)
 	if r.first() != 4 || r.len() != 7 {
 		t.Fatalf("keeps %d from %d on, want 7 from 4", r.len(), r.first())
 	}
-	r.shrink(10)
+	r.shrink(0, 10)
 	if r.bytes > r.limit || r.from(6) != nil || len(r.from(8)) != 3 {
 		t.Fatalf("keeps %d bytes, %d entries", r.bytes, r.len())
 	}
@@ -180,6 +180,27 @@ func TestEntryRingKeepsWhatIsNotHandedOver(t *testing.T) {
 	r.cut(0)
 	if r.len() != 0 || r.bytes != 0 {
 		t.Fatalf("after the last cut %d entries, %d bytes", r.len(), r.bytes)
+	}
+}
+
+// TestEntryRingKeepsWhatPeersWaitFor: what has been sent to all goes, down to a
+// short tail; what has not stays, up to the limit.
+func TestEntryRingKeepsWhatPeersWaitFor(t *testing.T) {
+	r := entryRing{limit: 100 * ringTailShare}
+	for seq := ident.Seq(1); seq <= 20; seq++ {
+		r.push(entryAt(seq, 100))
+	}
+	r.shrink(12, 20)
+	if r.first() != 13 || r.len() != 8 {
+		t.Fatalf("keeps %d from %d on, want 8 from 13", r.len(), r.first())
+	}
+	r.shrink(30, 18)
+	if r.first() != 19 {
+		t.Fatalf("begins at %d, want 19: 18 are handed over", r.first())
+	}
+	r.shrink(30, 30)
+	if r.first() != 20 || r.len() != 1 {
+		t.Fatalf("keeps %d from %d on, want the last one", r.len(), r.first())
 	}
 }
 

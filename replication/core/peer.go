@@ -367,6 +367,17 @@ func (c *Core) stream(pr *peer) bool {
 	return sent
 }
 
+// sentToAll returns up to where every peer that listens has been sent the log.
+func (c *Core) sentToAll() ident.Seq {
+	sent := c.last.Seq
+	for _, pr := range c.p.peers {
+		if pr.state == peerStream && c.heard(pr) {
+			sent = min(sent, pr.next-1)
+		}
+	}
+	return sent
+}
+
 // LogRead brings entries that Ready asked for. They stay valid until the
 // effects of the next Ready are performed. ok is false when the log no longer
 // has them.
