@@ -339,7 +339,14 @@ func (b backend) ResizeVolume(ctx context.Context, name string, r control.Resize
 	if r.Size <= 0 {
 		return control.VolumeStatus{}, control.Errorf(control.CodeUsage, "write it like 20GiB", "a volume needs a size")
 	}
-	if _, err := b.d.applyWhole(ctx, state.Command{ResizeVolume: &state.ResizeVolume{Volume: sv.ID, Size: uint64(r.Size)}}); err != nil {
+	cmd := state.Command{ResizeVolume: &state.ResizeVolume{Volume: sv.ID, Size: uint64(r.Size)}}
+	if _, res := b.d.state().Apply(cmd); !res.OK {
+		return control.VolumeStatus{}, refusal(res.Err()) // before any replica grows
+	}
+	if err := b.d.growReplicas(ctx, sv, uint64(r.Size)); err != nil {
+		return control.VolumeStatus{}, err
+	}
+	if _, err := b.d.applyWhole(ctx, cmd); err != nil {
 		return control.VolumeStatus{}, err
 	}
 	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool { return v.View.Size >= uint64(r.Size) })

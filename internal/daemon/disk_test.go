@@ -292,6 +292,32 @@ func TestADiskThatIsFull(t *testing.T) {
 	beta.same("alpha", "beta", "gamma")
 }
 
+// TestAResizeWithoutRoom: a volume that one replica's disk has no room for does
+// not grow, and no replica has failed for it: with the new size in the cluster
+// state each one without the room would have, and nothing would bring it back.
+func TestAResizeWithoutRoom(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	beta, gamma := nodes["beta"], nodes["gamma"]
+	gamma.faults.on(syscall.EFBIG, "/data", vfs.OpTruncate)
+	_, err := beta.client.ResizeVolume(t.Context(), "db", control.Resize{Size: 32 << 20})
+	if err == nil || !strings.Contains(err.Error(), "gamma has no room") {
+		t.Errorf("the resize ends with %v", err)
+	}
+	if v := beta.status("db"); v.Size != 16<<20 || v.Health != control.Healthy {
+		t.Errorf("after it db has %d bytes and is %s: %s", v.Size, v.Health, v.Reason)
+	}
+	gamma.faults.off()
+	if _, err := beta.client.ResizeVolume(t.Context(), "db", control.Resize{Size: 32 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	beta.healthy("db")
+	c := gamma.open("db")
+	if err := c.WriteAt(t.Context(), make([]byte, 4096), 32<<20-4096); err != nil {
+		t.Errorf("write at the new end: %v", err)
+	}
+}
+
 // TestACorruptLog: a byte of the log flips below the durable position while the
 // process is down. That is no torn tail: the replica fails itself rather than
 // forget what it has acknowledged, says so, and one command heals.
