@@ -492,6 +492,36 @@ var fieldScenarios = []scenario{
 			s.Fail("%+v", a)
 		}
 	}},
+	{"joiner-is-replaced-while-the-join-commits", Options{Replicas: 2, Clients: 1}, func(s *Sim) {
+		// The primary proposes to take in a replica that has caught up, and Raft
+		// hears of it late. Meanwhile an operator gives that replica up: an empty
+		// one has its name by the time that the proposal comes.
+		p := s.AwaitPrimary()
+		q := 1 - p
+		s.Write(p, 3)
+		s.Crash(FaultKill, q)
+		s.Await(10*s1, "a set of one", func() bool { return len(s.Set()) == 1 })
+		s.Write(p, 10)
+		s.Flush(p)
+		s.RunFor(s1)
+		s.cl.stall = s.now + 4*s1
+		s.Restart(q)
+		s.RunFor(2 * s1) // it has caught up, the proposal waits
+		n := s.nodes[q]
+		s.applyNow(state.Command{MarkFailed: &state.MarkFailed{Volume: volumeID, Node: n.name, Replica: n.disk.meta.replica, Reason: "invalidated"}})
+		s.newReplica(n)
+		s.applyNow(state.Command{RegisterReplica: &state.RegisterReplica{Volume: volumeID, Node: n.name, Replica: n.disk.meta.replica, Replace: true}})
+		s.drop = func(_, to int, _ wire.Message) bool { return to == q }
+		s.RunFor(2 * s1)
+		s.Crash(FaultKill, p) // before it has seen to the rest
+		s.RunFor(5 * s1)
+		if s.Primary() == q {
+			s.Fail("the empty replica is primary")
+		}
+		s.drop = nil
+		s.Restart(p)
+		s.Converge(p, q)
+	}},
 }
 
 // away makes a replica miss writes for so long that the log no longer holds

@@ -1,7 +1,10 @@
 package sim
 
 import (
+	"fmt"
+
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft/state"
 	"github.com/blockstep/blockstep/replication/core"
 	"github.com/blockstep/blockstep/replication/wire"
 )
@@ -268,4 +271,12 @@ func (s *Sim) Converge(nodes ...int) {
 func isAppend(m wire.Message) bool {
 	a, ok := m.(*wire.Append)
 	return ok && len(a.Entries) > 0
+}
+
+// applyNow lets Raft commit a command at once, whatever it is busy with.
+func (s *Sim) applyNow(c state.Command) {
+	s.orders++
+	c.ID = fmt.Sprintf("order-%d", s.orders)
+	s.cl.cmds = append(s.cl.cmds, &command{node: -1, cmd: c})
+	s.clusterEvent(&event{kind: evApplyCmd, x: uint64(len(s.cl.cmds) - 1)})
 }

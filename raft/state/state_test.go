@@ -264,7 +264,9 @@ func TestFailedIsSticky(t *testing.T) {
 	// be missed by a.
 	refused(t, s, register(31, true), RuleInSync)
 	s = do(t, s, changeSet(s, "a", "b"))
+	late := changeSet(s, "a", "b", "c") // of the replica that was there before
 	s = do(t, s, register(31, true))
+	refused(t, s, late, RuleSetVersion) // joiner-is-replaced-while-the-join-commits
 	if r := s.Volumes[1].Replica("c"); r.Failed || r.Replica != 31 {
 		t.Errorf("replaced: %+v", r)
 	}

@@ -231,6 +231,12 @@ func (s *State) registerReplica(c *Command, p *RegisterReplica) Result {
 		text = fmt.Sprintf("volume %s: replica on %s replaced by a new one (was %s)", v.Name, p.Node, failedText(rep))
 	}
 	rep.Replica, rep.Failed, rep.Reason = p.Replica, false, ""
+	if v.Epoch > 0 {
+		// A change of the set that is under way names nodes: a primary that
+		// takes in the replica that was here before, which had caught up, would
+		// take in this one, which has nothing.
+		v.SetVersion++
+	}
 	return s.event(c, v, Event{Name: "replica-registered", Node: p.Node, Text: text})
 }
 
