@@ -103,7 +103,9 @@ func (v *Volume) handleForward(from ident.Node, m *wire.Forward) {
 		return
 	}
 	if size := v.size.Load(); op != OpFlush && (m.Off > size || m.Len > size-m.Off) {
-		v.reply(from, m.ID, wire.StatusRange, ident.Position{}, nil)
+		// The client's node has judged it by the size that it knows, and no
+		// volume shrinks: the news of a larger one is on its way here.
+		v.reply(from, m.ID, wire.StatusRetry, ident.Position{}, nil)
 		return
 	}
 	r, _ := forwardedRequests.Get().(*Request)

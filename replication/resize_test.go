@@ -52,3 +52,32 @@ func TestAWriteComesBeforeTheNewSize(t *testing.T) {
 		}
 	})
 }
+
+// The primary hears of the new size later than the node of a client: a request
+// behind the old end waits for it, and is no error.
+func TestARequestBehindTheOldEndWaitsForTheNews(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		const old, grown = 1 << 20, 4 << 20
+		c := newTestCluster(t, old, 1, "client")
+		c.promote("n1")
+		c.session("client").mustWrite(0, pattern(1, 4096))
+		c.mu.Lock()
+		c.view.Size = grown
+		view := c.view
+		c.mu.Unlock()
+		c.nodes["client"].volume().SetView(view) // the primary has not heard
+		s := c.session("client")
+		want := pattern(5, 8192)
+		w := s.write(grown-8192, want, false)
+		time.Sleep(time.Second)
+		select {
+		case err := <-w:
+			t.Fatalf("it is answered before the primary has heard: %v", err)
+		default:
+		}
+		c.push()
+		s.must(w)
+		s.mustRead(grown-8192, want)
+		c.close()
+	})
+}
