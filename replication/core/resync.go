@@ -309,6 +309,7 @@ func (c *Core) Doubt(now Instant, off, length uint64) bool {
 		c.t.remaining = bitmap.New()
 	}
 	c.t.remaining.Mark(off, length)
+	c.t.snapshotWhole = false // a checkpoint under way has not fsynced what is yet to come
 	c.t.checkpointDue, c.follow.ackDue = true, true
 	c.event(Event{Name: "resync", To: "Resyncing", Rule: "blocks that differ from the majority's are copied anew", Pos: c.last})
 	return true

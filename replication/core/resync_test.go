@@ -36,3 +36,44 @@ func TestOlderBlocksHoldEntriesBack(t *testing.T) {
 		}
 	}
 }
+
+// A checkpoint that began before blocks were doubted does not make them durable:
+// the replica goes on lacking them until the next one.
+func TestDoubtOutlivesACheckpointUnderWay(t *testing.T) {
+	c := New(Config{Node: "b", Replica: 2, Incarnation: 1}, Start{Fresh: true}, 1)
+	c.View(1, View{
+		Epoch: 1, Primary: "a", Set: []ident.Node{"a"}, SetVersion: 1, Size: 1 << 20,
+		Members: []Member{{Node: "a", Replica: 1}, {Node: "b", Replica: 2}},
+	})
+	var e Effects
+	c.Message(2, "a", &wire.Append{Epoch: 1, Stream: 1})
+	c.Ready(&e)
+	checkpoint := func() {
+		t.Helper()
+		s, err := c.Snapshot()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Checkpointed(3, s.Applied.Seq)
+	}
+	if _, err := c.Snapshot(); err != nil { // … whose fsync takes its time
+		t.Fatal(err)
+	}
+	if !c.Doubt(3, 0, 4096) {
+		t.Fatal("the doubt is refused")
+	}
+	c.Message(3, "a", &wire.Blocks{Epoch: 1, Stream: 1, ID: 1, Blocks: []wire.Block{{Len: 4096}}})
+	c.Ready(&e)
+	if len(e.WriteBlocks) != 1 {
+		t.Fatalf("blocks to write: %v", e.WriteBlocks)
+	}
+	c.BlocksWritten(3, 1)
+	c.Checkpointed(3, 0)
+	if !c.inconsistent() {
+		t.Error("it is whole by a checkpoint that has not fsynced the block")
+	}
+	checkpoint()
+	if c.inconsistent() {
+		t.Error("it is not whole after a checkpoint that has")
+	}
+}
