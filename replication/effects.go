@@ -302,9 +302,9 @@ const proposeRetry = 100 * time.Millisecond
 func (rp *replica) runPropose(p core.SetProposal) {
 	defer rp.wg.Done()
 	for rp.ctx.Err() == nil {
-		accepted, err := rp.v.opts.Cluster.ProposeSet(rp.ctx, rp.v.opts.Volume, p)
+		shows, err := rp.v.opts.Cluster.ProposeSet(rp.ctx, rp.v.opts.Volume, p)
 		if err == nil {
-			rp.in.push(input{kind: inCall, call: func(now core.Instant) { rp.core.Proposed(now, p.ID, accepted) }})
+			rp.in.push(input{kind: inCall, call: func(now core.Instant) { rp.core.Proposed(now, p.ID, shows) }})
 			return
 		}
 		rp.logger.Debug("propose the in-sync set", "epoch", p.Epoch, "set", p.Set, "error", err)

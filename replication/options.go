@@ -67,11 +67,13 @@ type Links interface {
 // Cluster is what a replica asks of the cluster state. The daemon implements it
 // over raft.
 type Cluster interface {
-	// ProposeSet asks for a change of the in-sync set and returns when the
-	// outcome is definite: accepted, or refused because epoch or version moved.
-	// An error means that the outcome is not known (a time-out, no leader): the
-	// replica asks again, with the same proposal, until ctx ends.
-	ProposeSet(ctx context.Context, vol ident.Volume, p core.SetProposal) (accepted bool, err error)
+	// ProposeSet asks for a change of the in-sync set and returns when its
+	// outcome can be told. shows says that the next view shows it: the change is
+	// accepted, or epoch or version have moved, perhaps by this very change, asked
+	// for again. Else it is refused, definitely. An error means that nothing is
+	// known (a time-out, no leader): the replica asks again, with the same
+	// proposal, until ctx ends.
+	ProposeSet(ctx context.Context, vol ident.Volume, p core.SetProposal) (shows bool, err error)
 	// Report hands a replica's word to the failover controller. It does not
 	// block; a report may be lost and is made again while it holds.
 	Report(vol ident.Volume, r core.Report)

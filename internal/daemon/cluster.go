@@ -238,7 +238,7 @@ func (c clusterOf) ProposeSet(ctx context.Context, vol ident.Volume, p core.SetP
 	}
 	if err := res.Err(); err != nil {
 		c.d.log.Info("in-sync set: change refused", "volume", c.d.volumeName(vol), "set", p.Set, "rule", err)
-		return false, nil
+		return res.Superseded(), nil
 	}
 	return true, nil
 }

@@ -195,7 +195,7 @@ func (s *Sim) trySet(n *node, sc *setCommand, gen uint32) {
 			return
 		}
 		ok := uint64(0)
-		if c.result.OK {
+		if c.result.OK || c.result.Superseded() {
 			ok = 1
 		}
 		n.change = nil

@@ -492,6 +492,35 @@ var fieldScenarios = []scenario{
 			s.Fail("%+v", a)
 		}
 	}},
+	{"outcome-of-a-set-change-is-forgotten", Options{NoCtl: true, MinCopies: 1}, func(s *Sim) {
+		// A change of the set is done, its primary has not heard of it, and by the
+		// time that it asks again so much has happened that nobody remembers its
+		// command: that the version has moved is no proof that it was refused.
+		s.elect(0)
+		s.Write(0, 5)
+		a := s.nodes[0]
+		s.applyNow(state.Command{RemoveReplica: &state.RemoveReplica{Volume: volumeID, Node: s.nodes[2].name}})
+		s.Isolate(1) // the change waits for it
+		s.RunFor(50 * ms)
+		s.cl.stall = s.now + 2*s1
+		for _, other := range []int{0, 2} {
+			s.Join(1, other)
+		}
+		s.Await(2*s1, "a proposal", func() bool { return a.change != nil })
+		c, known := s.nodes[2], a.viewN
+		a.viewN, c.viewN = 1<<30, 1<<30 // their copies of the state stand still
+		s.applyNow(a.change.cmd)
+		for range state.OutcomesMax {
+			s.applyNow(state.Command{AddEvent: &state.AddEvent{Event: state.Event{Name: "other"}}})
+		}
+		s.RunFor(3 * s1)
+		s.Cut(0, 1)
+		s.Ask(0, opWrite, 0, 1)
+		s.RunFor(s1)
+		a.viewN, c.viewN = known, known
+		s.Join(0, 1)
+		s.Converge(0, 1)
+	}},
 	{"joiner-is-replaced-while-the-join-commits", Options{Replicas: 2, Clients: 1}, func(s *Sim) {
 		// The primary proposes to take in a replica that has caught up, and Raft
 		// hears of it late. Meanwhile an operator gives that replica up: an empty

@@ -276,7 +276,9 @@ func isAppend(m wire.Message) bool {
 // applyNow lets Raft commit a command at once, whatever it is busy with.
 func (s *Sim) applyNow(c state.Command) {
 	s.orders++
-	c.ID = fmt.Sprintf("order-%d", s.orders)
+	if c.ID == "" {
+		c.ID = fmt.Sprintf("order-%d", s.orders)
+	}
 	s.cl.cmds = append(s.cl.cmds, &command{node: -1, cmd: c})
 	s.clusterEvent(&event{kind: evApplyCmd, x: uint64(len(s.cl.cmds) - 1)})
 }

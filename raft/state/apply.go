@@ -78,6 +78,14 @@ func (r Result) Err() error {
 	return &Refusal{Rule: r.Rule, Reason: r.Reason}
 }
 
+// Superseded reports whether a ChangeSet was refused because epoch or version
+// moved. What it asked for may have been done all the same: the outcome of a
+// command is remembered for OutcomesMax others, and who asks again later than
+// that is judged anew. The state of the volume says what came of it.
+func (r Result) Superseded() bool {
+	return !r.OK && (r.Rule == RuleEpoch || r.Rule == RuleSetVersion)
+}
+
 func refuse(rule Rule, format string, a ...any) Result {
 	return Result{Rule: rule, Reason: clip(fmt.Sprintf(format, a...))}
 }

@@ -170,11 +170,12 @@ func (c *Core) dropChange() {
 	c.p.coolOff = c.now + Instant(c.cfg.Heartbeat)
 }
 
-// Proposed brings the definite outcome of a proposal. Accepted, the change
-// stays under way until the view shows it.
-func (c *Core) Proposed(now Instant, id uint64, accepted bool) {
+// Proposed brings the outcome of a proposal. When the next view shows it (the
+// change is accepted, or epoch or version have moved) it stays under way until
+// then; else it is refused, definitely.
+func (c *Core) Proposed(now Instant, id uint64, shows bool) {
 	c.advance(now)
-	if c.isPrimary() && c.p.change != nil && c.p.change.id == id && !accepted {
+	if c.isPrimary() && c.p.change != nil && c.p.change.id == id && !shows {
 		c.dropChange()
 	}
 }
