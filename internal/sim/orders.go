@@ -81,6 +81,11 @@ func (s *Sim) command(i int, c state.Command) {
 // history, and of a set that keeps others.
 func (s *Sim) bears(n *node) bool {
 	v := s.cl.vol()
+	for _, c := range s.cl.cmds {
+		if !c.applied && c.cmd.ChangeSet != nil {
+			return false // it may leave nobody else in the set
+		}
+	}
 	return !s.broken && n.replica && n.disk.log.rot == 0 && (len(v.InSync) >= 3 || !v.InSet(n.name))
 }
 
