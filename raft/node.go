@@ -19,8 +19,6 @@ import (
 
 	hraft "github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
-	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
@@ -202,23 +200,6 @@ func setDefault(d *time.Duration, v time.Duration) {
 	if *d == 0 {
 		*d = v
 	}
-}
-
-// openBolt opens the Raft log of a data_dir, which one process at a time can.
-func openBolt(dataDir string) (*raftboltdb.BoltStore, error) {
-	path := filepath.Join(dataDir, raftDir, boltFile)
-	bolt, err := raftboltdb.New(raftboltdb.Options{
-		Path: path,
-		// Without the free list each commit writes less; opening rebuilds it.
-		BoltOptions: &bbolt.Options{Timeout: lockWait, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
-	})
-	switch {
-	case errors.Is(err, bbolterrors.ErrTimeout):
-		return nil, fmt.Errorf("data_dir %s is in use by another blockstepd: stop it first", dataDir)
-	case err != nil:
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	return bolt, nil
 }
 
 // start opens the stores and the transport and starts hashicorp/raft.
