@@ -128,10 +128,11 @@ func (rp *replica) performDisk(e *core.Effects) (bool, error) {
 		rp.syncer.demand(e.SyncTo) // before the answers: the disk works while they go out
 	}
 	if e.MetaDirty {
-		rp.meta.Promise, rp.meta.Amnesiac = e.Meta.Promise, e.Meta.Amnesiac
+		rp.meta.Promise, rp.meta.Amnesiac, rp.meta.Incarnation = e.Meta.Promise, e.Meta.Amnesiac, e.Meta.Incarnation
 		if err := rp.writeMeta(); err != nil {
 			return false, err
 		}
+		rp.incarnation.Store(uint64(e.Meta.Incarnation))
 	}
 	return len(e.Append) > 0, nil
 }

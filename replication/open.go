@@ -85,7 +85,8 @@ func (rp *replica) openMeta() (fresh bool, err error) {
 		return false, fmt.Errorf("write the replica's meta: %w", err)
 	}
 	rp.meta = m
-	rp.id, rp.incarnation = m.Replica, m.Incarnation
+	rp.id = m.Replica
+	rp.incarnation.Store(uint64(m.Incarnation))
 	rp.logger = rp.logger.With("replica", fmt.Sprintf("%x", uint64(m.Replica)))
 	return m.Incarnation == 1, nil
 }
@@ -145,7 +146,7 @@ func (rp *replica) openFiles() (core.Start, error) {
 	if target {
 		rp.blurTo.Store(blurAll)
 	}
-	rp.logger.Info("replica opened", "incarnation", rp.incarnation, "position", rec.Last, "applied", cp.Applied,
+	rp.logger.Info("replica opened", "incarnation", rp.meta.Incarnation, "position", rec.Last, "applied", cp.Applied,
 		"cut_bytes", rec.CutBytes, "amnesiac", rp.meta.Amnesiac)
 	return start, nil
 }
@@ -201,7 +202,7 @@ func (rp *replica) judgeOpen(err error) error {
 func (rp *replica) coreConfig() core.Config {
 	o, l := &rp.opt, &rp.v.opts.Limits
 	return core.Config{
-		Node: rp.v.opts.Node, Volume: rp.v.opts.Volume, Replica: rp.id, Incarnation: rp.incarnation,
+		Node: rp.v.opts.Node, Volume: rp.v.opts.Volume, Replica: rp.id, Incarnation: rp.meta.Incarnation,
 		Heartbeat: int64(o.Heartbeat), LeaseFor: int64(o.LeaseFor), LeaseMax: rp.meta.LeaseMaxNanos,
 		DriftPPM: o.DriftPPM, StallTimeout: int64(o.StallTimeout), RetryAfter: int64(o.RetryAfter),
 		WindowBytes: windowBytes, AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,

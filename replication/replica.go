@@ -36,7 +36,7 @@ type replica struct {
 	clock       Clock
 	logger      *slog.Logger
 	id          ident.Replica
-	incarnation ident.Incarnation
+	incarnation atomic.Uint64
 
 	lock        vfs.Unlocker
 	metas       *store.MetaFile
@@ -284,7 +284,7 @@ func (rp *replica) close() error {
 func (rp *replica) storageStatus() StorageStatus {
 	n, bytes := rp.overlay.stats()
 	s := StorageStatus{
-		ReplicaID: rp.id, Incarnation: rp.incarnation, LogBytes: rp.log.Bytes(), OverlayEntries: n, OverlayBytes: bytes,
+		ReplicaID: rp.id, Incarnation: ident.Incarnation(rp.incarnation.Load()), LogBytes: rp.log.Bytes(), OverlayEntries: n, OverlayBytes: bytes,
 	}
 	return s
 }

@@ -253,7 +253,7 @@ func (v *Volume) Replica() (ident.Replica, ident.Incarnation, error) {
 	if v.rep() == nil {
 		return 0, 0, ErrNoReplica
 	}
-	return v.rep().id, v.rep().incarnation, nil
+	return v.rep().id, ident.Incarnation(v.rep().incarnation.Load()), nil
 }
 
 // Stop ends the volume: what waits is answered with ErrClosed, the log is

@@ -353,6 +353,38 @@ var fieldScenarios = []scenario{
 			s.Fail("it was not copied whole")
 		}
 	}},
+	{"an-older-copy-of-the-data-directory", Options{}, func(s *Sim) {
+		// All of a node's disk is put back while it is down: the count of its
+		// starts too, so that the primary has met the next one, or later ones.
+		p := s.AwaitPrimary()
+		q := (p + 1) % 3
+		n := s.nodes[q]
+		for starts := range 3 {
+			s.Write(p, 5)
+			s.Flush(p)
+			s.RunFor(200 * ms)
+			s.Crash(FaultKill, q)
+			old := n.disk
+			old.log.ents, old.store.cur, old.store.durable = slices.Clone(old.log.ents), slices.Clone(old.store.cur), slices.Clone(old.store.durable)
+			for range starts + 1 {
+				s.Restart(q)
+				s.RunFor(s1)
+				s.Write(p, 20)
+				s.Flush(p)
+				s.Await(5*s1, "an fsync", func() bool { return n.disk.log.durable > old.log.last().Seq })
+				s.RunFor(200 * ms)
+				s.Crash(FaultKill, q)
+			}
+			old.store.dirty = nil
+			n.disk = old
+			resets := n.resets
+			s.Restart(q)
+			s.Converge(0, 1, 2)
+			if n.resets == resets {
+				s.Fail("after %d more starts it was not copied whole", starts+1)
+			}
+		}
+	}},
 	{"rotten-record-fails-the-replica", Options{}, func(s *Sim) {
 		// A record below the durable position does not verify: the replica fails
 		// itself and goes out; the volume goes on; a new disk heals it.

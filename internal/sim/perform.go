@@ -109,6 +109,7 @@ func (s *Sim) doStep(n *node) (took int64) {
 			s.diskError(n)
 		} else if e.MetaDirty {
 			n.disk.meta.Meta = e.Meta // the fsync has returned
+			n.disk.meta.incarnation = e.Meta.Incarnation
 			s.chk.meta(s, n)
 		}
 		s.chk.committed(s, n)

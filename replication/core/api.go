@@ -146,8 +146,9 @@ type Out struct {
 // Meta is the durable part of the core's own state. The driver keeps it in the
 // replica's meta file next to what is the driver's.
 type Meta struct {
-	Promise  ident.Epoch
-	Amnesiac bool
+	Promise     ident.Epoch
+	Amnesiac    bool
+	Incarnation ident.Incarnation // rises beyond that of the start where a primary has met a later one
 }
 
 // SetProposal asks the cluster state to change the in-sync set.

@@ -545,7 +545,7 @@ func (c *Core) Ready(e *Effects) {
 		c.handed = c.last.Seq
 	}
 	if c.metaDirty {
-		e.Meta = Meta{Promise: c.promise, Amnesiac: c.amnesiac}
+		e.Meta = Meta{Promise: c.promise, Amnesiac: c.amnesiac, Incarnation: c.cfg.Incarnation}
 		e.MetaDirty, c.metaDirty = true, false
 	}
 	c.readyDisk(e)

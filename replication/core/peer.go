@@ -26,6 +26,7 @@ type peer struct {
 
 	matched    ident.Seq // in its log file; of this epoch and incarnation
 	durable    ident.Seq // fsynced; <= matched
+	durableAt  uint64    // the stream in which it last said so
 	checkpoint ident.Seq
 	amnesiac   bool
 	// inconsistent says that it lacks blocks; since, whole and rule say what it
@@ -198,7 +199,9 @@ func (c *Core) onAck(from ident.Node, m *wire.Ack) {
 	}
 	// A matched prefix stays matched for as long as epoch and incarnation do.
 	pr.matched = max(pr.matched, m.Matched)
-	pr.durable = max(pr.durable, min(m.Durable, pr.matched))
+	if d := min(m.Durable, pr.matched); d > pr.durable {
+		pr.durable, pr.durableAt = d, max(pr.durableAt, m.Stream)
+	}
 	pr.checkpoint = max(pr.checkpoint, m.Checkpoint)
 	pr.reported = true
 	if pr.matched >= pr.owes {
@@ -254,7 +257,9 @@ func (c *Core) onReject(from ident.Node, m *wire.Reject) {
 	switch {
 	case !ok:
 		c.needResync(pr, 0, true, "the epoch histories do not reach back to a shared entry")
-	case seq < pr.owes:
+	case seq < pr.durable && m.Stream == pr.durableAt:
+		c.probe(pr) // it may be from before it had that much: ask once more
+	case seq < max(pr.owes, pr.durable):
 		c.needResync(pr, 0, true, "it returns with less than it once reported durable: its disk was changed")
 	case m.Reason == wire.RejectResync, seq < m.Applied:
 		c.needResync(pr, seq, false, "it has applied past the point of divergence")

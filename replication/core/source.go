@@ -121,6 +121,7 @@ func (c *Core) onResyncState(from ident.Node, m *wire.ResyncState) {
 		// It has begun anew at the base that this stream named.
 		pr.state = peerStream
 		pr.matched, pr.durable = max(pr.matched, pr.resyncBase), max(pr.durable, pr.resyncBase)
+		pr.durableAt = max(pr.durableAt, pr.stream)
 		pr.next = pr.resyncBase + 1
 		pr.flight, pr.inflight, pr.reading = pr.flight[:0], 0, false
 		pr.inconsistent = true
