@@ -39,7 +39,7 @@ func openLone(tb testing.TB, size uint64) (*Volume, *Session) {
 		Volume: testVolume, Name: "lone", Node: "n1", Links: loneLinks{}, Cluster: loneCluster{},
 		Replica: &ReplicaOptions{FS: vfs.OS(), Dir: tb.TempDir(), BootID: "b"},
 	}
-	id, err := CreateReplica(o, size)
+	id, err := CreateReplica(tb.Context(), o, size)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -82,7 +82,7 @@ func makeTestCluster(t testing.TB, smallLog bool, size uint64, replicas int, oth
 		n := &testNode{c: c, name: name, mem: mem, fs: mem, boot: "boot-1"}
 		c.nodes[name] = n
 		var err error
-		n.rid, err = CreateReplica(n.options(), size)
+		n.rid, err = CreateReplica(c.t.Context(), n.options(), size)
 		if err != nil {
 			t.Fatal(err)
 		}

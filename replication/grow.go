@@ -21,6 +21,9 @@ func (v *Volume) Grow(ctx context.Context, size uint64) error {
 	if rp == nil {
 		return nil
 	}
+	if err := rp.store.Prepare(ctx, size); err != nil {
+		return fmt.Errorf("grow the replica of volume %s: %w", v.opts.Name, err)
+	}
 	var refused error
 	err := rp.call(ctx, func(core.Instant) {
 		err := rp.grow(size)

@@ -110,8 +110,9 @@ func (o *ReplicaOptions) setDefaults() {
 // CreateReplica makes the files of a new, empty replica of size bytes, durably,
 // and returns its id, to be registered in the cluster state. It returns an
 // error that wraps fs.ErrExist when there is a replica already; what a crash
-// has left of an earlier CreateReplica is made anew.
-func CreateReplica(o Options, size uint64) (ident.Replica, error) {
+// has left of an earlier CreateReplica is made anew. A device, or a file that was
+// there, is made to read as zeroes first, which may take as long as writing them.
+func CreateReplica(ctx context.Context, o Options, size uint64) (ident.Replica, error) {
 	ro := *o.Replica
 	ro.setDefaults()
 	fs := ro.FS
@@ -128,14 +129,14 @@ func CreateReplica(o Options, size uint64) (ident.Replica, error) {
 		return 0, fmt.Errorf("%s holds a replica: %w", ro.Dir, iofs.ErrExist)
 	}
 	id := ident.Replica(randomID())
-	if err := createFiles(&o, &ro, id, size); err != nil {
+	if err := createFiles(ctx, &o, &ro, id, size); err != nil {
 		return 0, fmt.Errorf("make a replica of volume %s in %s: %w", o.Name, ro.Dir, err)
 	}
 	return id, nil
 }
 
 // createFiles makes the files, the meta last: with it the replica exists.
-func createFiles(o *Options, ro *ReplicaOptions, id ident.Replica, size uint64) error {
+func createFiles(ctx context.Context, o *Options, ro *ReplicaOptions, id ident.Replica, size uint64) error {
 	fs := ro.FS
 	logs := filepath.Join(ro.Dir, logDir)
 	if names, err := fs.List(logs); err == nil {
@@ -156,7 +157,7 @@ func createFiles(o *Options, ro *ReplicaOptions, id ident.Replica, size uint64) 
 	if err != nil {
 		return err
 	}
-	if err := st.Close(); err != nil {
+	if err := errors.Join(st.Clear(ctx), st.Close()); err != nil {
 		return err
 	}
 	cf, err := store.CreateCheckpoint(fs, filepath.Join(ro.Dir, checkpointFile), store.Checkpoint{})

@@ -48,7 +48,7 @@ Ack says what the answer to a write waits for:
 	f := cmd.Flags()
 	f.StringVar(&size, "size", "", "size, for example 10GiB (required)")
 	f.StringSliceVar(&r.Replicas, "replicas", nil, "nodes that get a replica (default: all that are no witness)")
-	f.StringArrayVar(&devices, "device", nil, "NODE=/dev/… for a backing device instead of a file; once for each node")
+	f.StringArrayVar(&devices, "device", nil, "NODE=/dev/… for a backing device instead of a file, which is erased; once for each node")
 	f.StringVar(&r.Ack, "ack", "", "quorum, durable or local")
 	f.IntVar(&r.MinCopy, "min-copies", 0, "fewest in-sync replicas that writes go on with (default: 2 with three or more replicas, else 1)")
 	_ = cmd.MarkFlagRequired("size") // it is defined above

@@ -318,6 +318,33 @@ func TestAResizeWithoutRoom(t *testing.T) {
 	}
 }
 
+// TestUsedDisks: a volume on disks that hold other things shows none of them, at
+// no replica, and none where it grows.
+func TestUsedDisks(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	beta := nodes["beta"]
+	devices := map[string]string{}
+	for name, n := range nodes {
+		devices[name] = n.dir + ".disk"
+		if err := os.WriteFile(devices[name], bytes.Repeat([]byte("junk of "+name), 1<<19), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := beta.client.CreateVolume(t.Context(), control.CreateVolume{Name: "db", Size: 1 << 20, Devices: devices}); err != nil {
+		t.Fatal(err)
+	}
+	beta.healthy("db")
+	if _, err := beta.client.ResizeVolume(t.Context(), "db", control.Resize{Size: 2 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	for _, export := range []string{"db", "db@alpha", "db@beta", "db@gamma"} {
+		if b := beta.read(export, 0, 2<<20); !bytes.Equal(b, make([]byte, len(b))) {
+			t.Errorf("%s shows what was on the disk", export)
+		}
+	}
+}
+
 // TestACorruptLog: a byte of the log flips below the durable position while the
 // process is down. That is no torn tail: the replica fails itself rather than
 // forget what it has acknowledged, says so, and one command heals.

@@ -366,7 +366,7 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 		if err := d.removeReplicaDir(sv.ID); err != nil {
 			return nil, err
 		}
-		if local, err = d.makeReplica(sv, ro); err != nil {
+		if local, err = d.makeReplica(ctx, sv, ro); err != nil {
 			return nil, err
 		}
 	case err == nil && rep.Replica != 0 && !replace:
@@ -378,7 +378,7 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 	case rep.Replica != 0 && !replace:
 		return nil, fmt.Errorf("the replica that was in %s is gone (the disk was wiped or replaced); it does not count until it is copied anew: blockstep invalidate %s --node %s", dir, sv.Name, d.self)
 	default:
-		if local, err = d.makeReplica(sv, ro); err != nil {
+		if local, err = d.makeReplica(ctx, sv, ro); err != nil {
 			return nil, err
 		}
 	}
@@ -389,8 +389,8 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 }
 
 // makeReplica makes an empty replica, whole or not at all.
-func (d *Daemon) makeReplica(sv *state.Volume, ro *replication.ReplicaOptions) (ident.Replica, error) {
-	id, err := replication.CreateReplica(replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
+func (d *Daemon) makeReplica(ctx context.Context, sv *state.Volume, ro *replication.ReplicaOptions) (ident.Replica, error) {
+	id, err := replication.CreateReplica(ctx, replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
 	if err != nil {
 		return 0, err
 	}

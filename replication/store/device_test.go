@@ -83,4 +83,15 @@ func TestBlockDevice(t *testing.T) {
 	}
 	must(t, s.WriteAt([]byte{1}, size-1))
 	must(t, s.Close())
+	// Made anew, it shows nothing of all that, nor does what it grows by.
+	s, err = OpenStore(vfs.OS(), dev, size/2, true)
+	must(t, err)
+	must(t, s.Clear(t.Context()))
+	must(t, s.Resize(size))
+	got = make([]byte, size)
+	must(t, s.ReadAt(got, 0))
+	if !bytes.Equal(got, make([]byte, size)) {
+		t.Fatal("a device that was cleared does not read as zeroes")
+	}
+	must(t, s.Close())
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 
 	"github.com/blockstep/blockstep/internal/vfs"
@@ -38,6 +39,9 @@ type Store struct {
 	size    atomic.Uint64
 	failure atomic.Pointer[error]
 	dirtied dirtied
+
+	growing sync.Mutex // held while what lies behind size is cleared, or taken in
+	cleared uint64     // up to here the bytes behind size read as zeroes; guarded by growing
 }
 
 // OpenStore opens the backing store at path. With create, a file that is not
@@ -194,14 +198,21 @@ func (s *Store) Sync() error {
 	return s.done("sync", s.file.Datasync())
 }
 
-// Resize makes the store larger, durably. It returns ErrSize for a device that
-// has not that much room, and for a size below the present one.
+// Resize makes the store larger, durably; what comes in reads as zeroes. It
+// returns ErrSize for a device that has not that much room, and for a size below
+// the present one.
 func (s *Store) Resize(size uint64) error {
 	if e := s.failure.Load(); e != nil {
 		return *e
 	}
-	if size < s.Size() {
-		return fmt.Errorf("store: %w: a volume does not shrink (from %d to %d)", ErrSize, s.Size(), size)
+	s.growing.Lock()
+	defer s.growing.Unlock()
+	old := s.Size()
+	if size < old {
+		return fmt.Errorf("store: %w: a volume does not shrink (from %d to %d)", ErrSize, old, size)
+	}
+	if size == old {
+		return nil
 	}
 	have, err := s.file.Size()
 	if err != nil {
@@ -211,9 +222,14 @@ func (s *Store) Resize(size uint64) error {
 		if err := s.file.Truncate(int64(size)); err != nil {
 			return fmt.Errorf("store: %w: %s has %d bytes, and it cannot grow to %d: %w", ErrSize, s.path, have, size, err)
 		}
-		if err := s.done("sync", s.file.Sync()); err != nil {
+	}
+	for at := max(old, s.cleared); at < size; {
+		if at, err = s.clear(at, size); err != nil {
 			return err
 		}
+	}
+	if err := s.done("sync", s.file.Sync()); err != nil {
+		return err
 	}
 	s.size.Store(size)
 	return nil

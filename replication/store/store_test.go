@@ -136,6 +136,48 @@ func TestResize(t *testing.T) {
 	})
 }
 
+// What was in a file or on a device before reads as zeroes, in a new store and
+// where one grows; what has been written stays.
+func TestWhatWasThereBefore(t *testing.T) {
+	each(t, func(t *testing.T, fs vfs.FS, dir string) {
+		path := filepath.Join(dir, "data")
+		junk := bytes.Repeat([]byte("junk"), 1<<20)
+		f, err := fs.Open(path, vfs.Create)
+		must(t, err)
+		_, err = f.WriteAt(junk, 0)
+		must(t, err)
+		must(t, f.Close())
+		s, err := OpenStore(fs, path, 1<<20, true)
+		must(t, err)
+		must(t, s.Clear(t.Context()))
+		b := make([]byte, 1<<20)
+		zero := func(off uint64) {
+			t.Helper()
+			must(t, s.ReadAt(b, off))
+			if !bytes.Equal(b, make([]byte, len(b))) {
+				t.Errorf("at %d it does not read as zeroes", off)
+			}
+		}
+		zero(0)
+		must(t, s.WriteAt(junk[:1<<20], 0))
+		must(t, s.Resize(2<<20))
+		zero(1 << 20)
+		must(t, s.Prepare(t.Context(), 3<<20))
+		must(t, s.Resize(5<<20))
+		must(t, s.WriteAt(junk[:1<<20], 3<<20))
+		must(t, s.Prepare(t.Context(), 5<<20))
+		zero(2 << 20)
+		zero(4 << 20)
+		for _, off := range []uint64{0, 3 << 20} {
+			must(t, s.ReadAt(b, off))
+			if !bytes.Equal(b, junk[:1<<20]) {
+				t.Errorf("at %d what was written is gone", off)
+			}
+		}
+		must(t, s.Close())
+	})
+}
+
 // Whatever fails, nothing is tried again: the second fsync proves nothing.
 func TestStoreFailedStaysFailed(t *testing.T) {
 	for _, op := range []vfs.Op{vfs.OpWrite, vfs.OpSync, vfs.OpZero} {
