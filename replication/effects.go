@@ -2,6 +2,7 @@ package replication
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/invariant"
 	"github.com/blockstep/blockstep/replication/core"
+	"github.com/blockstep/blockstep/replication/wal"
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
@@ -279,6 +281,10 @@ func (rp *replica) runLogRead(q core.LogRead) {
 	entries, err := rp.log.Read(q.From, q.Bytes, nil)
 	if err != nil {
 		rp.logger.Warn("read the log for a peer", "peer", q.Peer, "from", q.From, "error", err)
+		if !errors.Is(err, wal.ErrTrimmed) && !errors.Is(err, wal.ErrClosed) && !rp.alone() {
+			// What was durable does not verify: others have it.
+			rp.fail(fmt.Errorf("read the log for %s: %w", q.Peer, err))
+		}
 	}
 	release := func() {
 		for i := range entries {

@@ -18,6 +18,10 @@ import (
 // content one that can be told.
 const blurAll = ^uint64(0)
 
+// errNotKnown is returned while nobody knows what of this replica's content is
+// committed.
+var errNotKnown = fmt.Errorf("%w: the content is not known yet", ErrIO)
+
 // zeroGrain is the unit in which a block read looks for zeroes.
 const zeroGrain = 4096
 
@@ -83,6 +87,9 @@ func (rp *replica) runBlockRead(q core.BlockRead) {
 		blocks = splitBlocks(q.Off, data.B)
 	} else if !errors.Is(err, context.Canceled) {
 		rp.logger.Warn("read a block for a resync", "peer", q.Peer, "offset", q.Off, "error", err)
+		if !errors.Is(err, errNotKnown) && !rp.alone() {
+			rp.fail(fmt.Errorf("read a block for %s: %w", q.Peer, err))
+		}
 	}
 	data.Release()
 	release := func() {
@@ -119,7 +126,7 @@ func (rp *replica) readCommitted(off uint64, dst []byte) error {
 			return err
 		case readRaced, readBlocked:
 		case readUncommitted, readClosed, readLost, readEarly:
-			return fmt.Errorf("%w: the content is not known yet", ErrIO)
+			return errNotKnown
 		}
 	}
 	return rp.ctx.Err()

@@ -345,6 +345,33 @@ func TestUsedDisks(t *testing.T) {
 	}
 }
 
+// TestALogThatAPeerNeeds: the primary cannot read the part of its log that a
+// replica needs which was away. It gives way to another one, from which that
+// replica catches up.
+func TestALogThatAPeerNeeds(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	alpha, beta, gamma := nodes["alpha"], nodes["beta"], nodes["gamma"]
+	gamma.halt()
+	c := beta.open("db")
+	block := bytes.Repeat([]byte("more than what is kept in memory"), 1<<15)
+	for i := range uint64(40) {
+		if err := c.WriteAt(t.Context(), block, i%16<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	alpha.faults.on(syscall.EIO, "/log/", vfs.OpRead)
+	gamma.start()
+	beta.sees("alpha", control.Failed, "read the log for gamma")
+	beta.sees("gamma", control.InSync, "")
+	alpha.faults.off()
+	beta.eventually(10*time.Second, "it is invalidated", func(ctx context.Context) error {
+		return beta.client.Invalidate(ctx, "db", control.Invalidate{Node: "alpha"})
+	})
+	beta.healthy("db")
+	beta.same("alpha", "beta", "gamma")
+}
+
 // TestACorruptLog: a byte of the log flips below the durable position while the
 // process is down. That is no torn tail: the replica fails itself rather than
 // forget what it has acknowledged, says so, and one command heals.

@@ -404,6 +404,29 @@ var fieldScenarios = []scenario{
 		s.Write(p, 5)
 		s.Converge(0, 1, 2)
 	}},
+	{"rotten-record-that-a-peer-needs", Options{Replicas: 2}, func(s *Sim) {
+		// The only copy that counts cannot read the part of its log that the other
+		// one needs. It has nobody to give way to; the other one gets the blocks.
+		p := s.AwaitPrimary()
+		q := 1 - p
+		s.Write(p, 5)
+		s.Crash(FaultKill, q)
+		s.Await(10*s1, "a set of one", func() bool { return len(s.Set()) == 1 })
+		for range 5 {
+			s.Write(p, 100)
+			s.Flush(p)
+			s.RunFor(300 * ms)
+		}
+		s.Crash(FaultKill, p)
+		s.Restart(p) // so that nothing of it is in memory
+		s.AwaitPrimary()
+		n := s.nodes[p]
+		n.disk.log.rot = n.disk.log.base.Seq + 20
+		s.Restart(q)
+		s.Await(20*s1, "its return", func() bool { return s.InSet(q) })
+		n.disk.log.rot = 0
+		s.Converge(p, q)
+	}},
 	{"lost-data-directory", Options{}, func(s *Sim) {
 		p := s.AwaitPrimary()
 		s.Write(p, 20)

@@ -385,7 +385,7 @@ func (c *Core) sentToAll() ident.Seq {
 
 // LogRead brings entries that Ready asked for. They stay valid until the
 // effects of the next Ready are performed. ok is false when the log no longer
-// has them.
+// has them, or cannot give them.
 func (c *Core) LogRead(now Instant, q LogRead, entries []wire.Entry, ok bool) {
 	c.advance(now)
 	pr := c.peer(q.Peer)
@@ -394,7 +394,13 @@ func (c *Core) LogRead(now Instant, q LogRead, entries []wire.Entry, ok bool) {
 	}
 	pr.reading = false
 	if !ok || len(entries) == 0 || entries[0].Pos.Seq != pr.next {
-		if !ok {
+		switch {
+		case ok:
+		case pr.next > c.base.Seq:
+			// A driver that is not all alone has failed by then. What the entries
+			// did is in the backing store, so it can be copied.
+			c.needResync(pr, pr.next-1, false, "the log cannot be read where it needs it")
+		default:
 			c.probe(pr)
 		}
 		return

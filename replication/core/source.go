@@ -13,20 +13,21 @@ import (
 // resyncRun is what the primary knows of one resync. All of it can be lost: the
 // target knows what it lacks.
 type resyncRun struct {
-	todo     *bitmap.Bitmap // nil until the target has said what it lacks
-	askedAt  Instant
-	cursor   uint64
-	nextID   uint64 // of reads
-	sendID   uint64 // of messages
-	reads    []*blockRead
-	flight   []blockFlight
-	inflight int64
-	lastSent bool
-	since    Instant // for the rate
-	credit   int64   // bytes that the rate allows now
-	chunk    int     // bytes of the next read
-	moved    int64
-	total    int64
+	todo      *bitmap.Bitmap // nil until the target has said what it lacks
+	askedAt   Instant
+	cursor    uint64
+	restUntil Instant // no block is asked for before: a read failed
+	nextID    uint64  // of reads
+	sendID    uint64  // of messages
+	reads     []*blockRead
+	flight    []blockFlight
+	inflight  int64
+	lastSent  bool
+	since     Instant // for the rate
+	credit    int64   // bytes that the rate allows now
+	chunk     int     // bytes of the next read
+	moved     int64
+	total     int64
 	// rate is what it moved lately, in bytes a second, for the operator; the
 	// sample under way began at rateAt with ratedAt moved.
 	rate    float64
@@ -250,7 +251,7 @@ func (c *Core) busy() bool { return c.p.requestAt != 0 && c.now < c.p.requestAt+
 // allow.
 func (c *Core) readyResync(pr *peer) {
 	r := pr.run
-	if r == nil || r.todo == nil || pr.state != peerStream || !c.heard(pr) {
+	if r == nil || r.todo == nil || pr.state != peerStream || !c.heard(pr) || c.now < r.restUntil {
 		return
 	}
 	c.refill(pr)
@@ -336,6 +337,7 @@ func (c *Core) BlocksRead(now Instant, q BlockRead, blocks []wire.Block, ok bool
 	rd := r.reads[i]
 	if !ok {
 		r.reads = append(r.reads[:i], r.reads[i+1:]...)
+		r.restUntil = now + Instant(c.cfg.RetryAfter)
 		return // it stays to do
 	}
 	// It goes out only when all that the read may have seen has been sent, and
