@@ -50,6 +50,11 @@ func (osFS) Open(path string, flags Flag) (File, error) {
 		_ = unix.Close(fd)
 		return nil, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
+	if flags&Claim != 0 {
+		if fd, err = claim(fd, path, mode, st.Mode&unix.S_IFMT == unix.S_IFBLK); err != nil {
+			return nil, &fs.PathError{Op: "claim", Path: path, Err: err}
+		}
+	}
 	f := &osFile{fd: fd, path: path}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
@@ -61,6 +66,29 @@ func (osFS) Open(path string, flags Flag) (File, error) {
 	}
 	f.refs.Store(1)
 	return f, nil
+}
+
+// claim makes an open file ours alone, among those who claim it. It gives another
+// descriptor for a device, and none with an error.
+func claim(fd int, path string, mode int, block bool) (int, error) {
+	if block {
+		// Without O_CREAT it claims a device, as a mount does.
+		_ = unix.Close(fd)
+		fd, err := openRetry(path, mode&^unix.O_CREAT|unix.O_EXCL)
+		if err == unix.EBUSY {
+			err = fmt.Errorf("it is mounted, or in use by something else: %w", ErrLocked)
+		}
+		return fd, err
+	}
+	err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		return fd, nil
+	}
+	_ = unix.Close(fd)
+	if err == unix.EWOULDBLOCK {
+		err = ErrLocked
+	}
+	return -1, err
 }
 
 func openRetry(path string, mode int) (int, error) {

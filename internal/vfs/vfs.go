@@ -31,6 +31,9 @@ const (
 	ReadOnly  Flag = 1 << iota // no writes through this handle
 	Create                     // make the file when it is not there
 	Exclusive                  // with Create: fail with fs.ErrExist when it is there
+	// Claim: fail with ErrLocked when somebody else has claimed it. A block device
+	// is claimed by a mount, too.
+	Claim
 )
 
 // ErrWouldBlock is returned when a read without waiting would have had to wait

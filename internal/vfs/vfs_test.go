@@ -403,3 +403,24 @@ func TestWritevDoesNotAllocate(t *testing.T) {
 		t.Fatalf("%v allocations a write", n)
 	}
 }
+
+// A file that is claimed is not claimed twice, and free again when it is closed.
+func TestClaim(t *testing.T) {
+	p := filepath.Join(t.TempDir(), "data")
+	f, err := OS().Open(p, Create|Claim)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OS().Open(p, Claim); !errors.Is(err, ErrLocked) {
+		t.Errorf("claimed twice: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if f, err = OS().Open(p, Claim); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

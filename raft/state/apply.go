@@ -45,6 +45,7 @@ const (
 	RuleOnlyForcedSet  Rule = "set-with-forced-only"
 	RulePosition       Rule = "position-below-epoch"
 	RulePrimaryReplica Rule = "primary-stays"
+	RuleDevice         Rule = "device-in-use"
 )
 
 // Result answers a command.

@@ -136,6 +136,20 @@ func TestCreateVolume(t *testing.T) {
 	refused(t, s, Command{DeleteVolume: &DeleteVolume{Volume: 1}}, RuleNoVolume)
 }
 
+// One device, one replica: two volumes on it would write over one another.
+func TestADeviceIsOfOneVolume(t *testing.T) {
+	s := three(t)
+	on := func(name string, id ident.Volume, rs ...Replica) Command {
+		return Command{CreateVolume: &CreateVolume{Name: name, ID: id, Size: 512, Replicas: rs}}
+	}
+	s = do(t, s, on("v", 1, Replica{Node: "a", Device: "/dev/x"}))
+	refused(t, s, on("u", 2, Replica{Node: "a", Device: "/dev/x"}), RuleDevice)
+	s = do(t, s, on("u", 2, Replica{Node: "b", Device: "/dev/x"}))
+	refused(t, s, Command{AddReplica: &AddReplica{Volume: 2, Node: "a", Device: "/dev/x"}}, RuleDevice)
+	s = do(t, s, Command{DeleteVolume: &DeleteVolume{Volume: 1}})
+	do(t, s, Command{AddReplica: &AddReplica{Volume: 2, Node: "a", Device: "/dev/x"}})
+}
+
 func TestPromoteCompares(t *testing.T) {
 	s := serving(t)
 	for name, tc := range map[string]struct {

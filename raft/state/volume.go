@@ -45,8 +45,8 @@ func (s *State) createVolume(c *Command, p *CreateVolume) Result {
 		if v.Replica(r.Node) != nil {
 			return refuse(RuleReplicaExists, "node %q is named twice", r.Node)
 		}
-		if len(r.Device) > TextMax {
-			return refuse(RuleBadValue, "the device path of %q is too long", r.Node)
+		if res := s.freeDevice(r.Node, r.Device); !res.OK {
+			return res
 		}
 		v.Replicas = append(v.Replicas, Replica{Node: r.Node, Device: r.Device})
 		v.InSync = append(v.InSync, r.Node)
@@ -64,6 +64,20 @@ func (s *State) createVolume(c *Command, p *CreateVolume) Result {
 	}
 	s.Volumes[v.ID] = v
 	return s.event(c, v, Event{Name: "volume-created", Text: fmt.Sprintf("volume %s of %d bytes created on %v", v.Name, v.Size, v.InSync)})
+}
+
+// freeDevice reports whether no replica on a node has the device, by the same
+// path. The node itself finds out when two paths are one device.
+func (s *State) freeDevice(node ident.Node, device string) Result {
+	if len(device) > TextMax {
+		return refuse(RuleBadValue, "the device path of %q is too long", node)
+	}
+	for _, v := range s.Live() {
+		if r := v.Replica(node); device != "" && r != nil && r.Device == device {
+			return refuse(RuleDevice, "%s on %q has the replica of volume %q: give another device", device, node, v.Name)
+		}
+	}
+	return Result{OK: true}
 }
 
 // storing reports whether a node exists and holds replicas.
@@ -271,8 +285,9 @@ func (s *State) addReplica(c *Command, p *AddReplica) Result {
 		return refuse(RuleReplicaExists, "volume %q has a replica on %q already", v.Name, p.Node)
 	case len(v.Replicas) >= ReplicasMax:
 		return refuse(RuleLimit, "a volume has at most %d replicas", ReplicasMax)
-	case len(p.Device) > TextMax:
-		return refuse(RuleBadValue, "the device path of %q is too long", p.Node)
+	}
+	if r := s.freeDevice(p.Node, p.Device); !r.OK {
+		return r
 	}
 	i, _ := slices.BinarySearchFunc(v.Replicas, p.Node, func(r Replica, n ident.Node) int {
 		if r.Node < n {

@@ -48,6 +48,9 @@ func TestBlockDevice(t *testing.T) {
 	if s.Size() != size {
 		t.Fatalf("size %d, want %d", s.Size(), size)
 	}
+	if _, err := OpenStore(vfs.OS(), dev, 0, true); !errors.Is(err, vfs.ErrLocked) {
+		t.Fatalf("a device that another store has: %v", err)
+	}
 	must(t, s.Close())
 	s, err = OpenStore(vfs.OS(), dev, size/2, true) // a device may have more
 	must(t, err)

@@ -47,11 +47,12 @@ type Store struct {
 // OpenStore opens the backing store at path. With create, a file that is not
 // there is made, sparse, with its directory entry durable; an existing file or
 // block device must have at least size bytes, or be a file that can grow.
-// Size 0 takes the size that is there.
+// Size 0 takes the size that is there. What somebody else has claimed (another
+// replica, a mount) is vfs.ErrLocked.
 func OpenStore(fs vfs.FS, path string, size uint64, create bool) (*Store, error) {
-	var flags vfs.Flag
+	flags := vfs.Claim
 	if create {
-		flags = vfs.Create
+		flags |= vfs.Create
 	}
 	f, err := fs.Open(path, flags)
 	if err != nil {
