@@ -44,8 +44,10 @@ func (c *Core) onAppend(from ident.Node, m *wire.Append) {
 		// This disk is an older copy of the one that the primary knows, or an
 		// empty one in its place. Under a number that was used before, nothing
 		// that it answers would count, or it would count as what it no longer is.
-		c.event(Event{Name: "incarnation", From: strconv.FormatUint(uint64(c.cfg.Incarnation), 10), To: strconv.FormatUint(uint64(m.Met)+1, 10),
-			Rule: "the primary has met a later start of this node's replica", Peer: from, Pos: c.last})
+		c.event(Event{
+			Name: "incarnation", From: strconv.FormatUint(uint64(c.cfg.Incarnation), 10), To: strconv.FormatUint(uint64(m.Met)+1, 10),
+			Rule: "the primary has met a later start of this node's replica", Peer: from, Pos: c.last,
+		})
 		c.cfg.Incarnation, c.metaDirty = m.Met+1, true
 	}
 	if !f.met && m.Met == c.cfg.Incarnation {
