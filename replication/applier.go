@@ -169,10 +169,12 @@ func (w *applyWork) round(to ident.Seq) (ident.Seq, int64, error) {
 		return 0, 0, err
 	}
 	w.plan()
+	began := time.Now()
 	bytes, err := w.write()
 	if err != nil {
 		return 0, 0, err
 	}
+	rp.v.stages.observe(StageApply, began)
 	last := w.batch[len(w.batch)-1].seq
 	rp.overlay.remove(last)
 	return last, bytes, nil

@@ -191,12 +191,14 @@ func fromCheckpoint(cp *store.Checkpoint, start *core.Start) error {
 }
 
 func (rp *replica) writeCheckpoint(cp store.Checkpoint) error {
+	began := time.Now()
 	if err := rp.store.WriteOut(rp.yieldDisk); err != nil {
 		return fmt.Errorf("write out the backing store: %w", err)
 	}
 	if err := rp.store.Sync(); err != nil {
 		return fmt.Errorf("fsync the backing store: %w", err)
 	}
+	rp.v.stages.observe(StageStoreSync, began)
 	if err := rp.checkpoints.Write(cp); err != nil {
 		return fmt.Errorf("write the checkpoint at %v: %w", cp.Applied, err)
 	}

@@ -96,6 +96,7 @@ func (rp *replica) publish() {
 	if g := rp.core.Gate(); g != rp.published {
 		rp.published = g
 		rp.gate.store(g)
+		rp.probeCommitted()
 	}
 }
 
@@ -147,9 +148,12 @@ func (rp *replica) append(entries []wire.Entry) error {
 			return err
 		}
 	}
+	began := time.Now()
 	if err := rp.log.Append(entries, rp.syncer.durableSeq()); err != nil {
 		return fmt.Errorf("append %d entries to the log: %w", len(entries), err)
 	}
+	rp.v.stages.observe(StageLogWrite, began)
+	rp.probeCommit(entries[len(entries)-1].Pos)
 	rp.overlay.add(entries)
 	bytes := 0
 	for i := range entries {

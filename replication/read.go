@@ -167,6 +167,7 @@ func (rp *replica) readPatched(a *readArgs, ps []patch) (readOutcome, error) {
 
 func (rp *replica) readBase(a *readArgs) error {
 	if a.wait {
+		defer rp.v.stages.observe(StageRead, time.Now())
 		return rp.store.ReadAt(a.dst, a.off)
 	}
 	return rp.store.ReadAtNoWait(a.dst, a.off)

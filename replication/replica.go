@@ -82,6 +82,7 @@ type replica struct {
 	appliedFed ident.Seq // the last that the core has been told
 	failedWith error
 	muted      bool // stopping: answers are given, nothing else is done
+	probe      commitProbe
 	done       completions
 	// afterEffects are called when the next effects have been performed.
 	afterEffects []func()

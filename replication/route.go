@@ -113,6 +113,7 @@ func (v *Volume) sendLocked(r *Request, to ident.Node, echo int64) {
 	}
 	r.sent = true
 	v.table[r.id] = r
+	v.forwardedLocked(r.id)
 	v.opts.Links.Send(to, v.opts.Volume, f) // Settle lets it go
 }
 
@@ -249,6 +250,7 @@ func (v *Volume) handleReply(from ident.Node, m *wire.Reply, b *completions) {
 	}
 	delete(v.table, m.ID)
 	r.id = 0
+	v.repliedLocked(m)
 	v.cmu.Unlock()
 
 	switch m.Status {

@@ -167,6 +167,7 @@ func (rp *replica) runSyncer(ctx context.Context) {
 		// Quiet: it is for the watch on a disk that hangs, which the tick keeps.
 		rp.in.pushQuiet(input{kind: inSyncStarted})
 		rp.disk.sync.Store(int64(rp.clock.Boot()))
+		began := time.Now()
 		seq, err := rp.log.Sync()
 		rp.disk.sync.Store(0)
 		if err != nil {
@@ -174,6 +175,7 @@ func (rp *replica) runSyncer(ctx context.Context) {
 			rp.fail(&syncError{err})
 			return
 		}
+		rp.v.stages.observe(StageLogSync, began)
 		rp.syncer.done(seq, gen)
 		rp.in.pushQuiet(input{kind: inSyncEnded, seq: seq, id: gen})
 		rp.turn()

@@ -25,6 +25,7 @@ type Volume struct {
 	// replaced when one that had no room is opened anew, and never taken away.
 	current    atomic.Pointer[replica]
 	forwarders forwarders
+	stages     stageTimes
 
 	size atomic.Uint64 // as the cluster state has it
 	// primaryHere is set while the cluster state names this node's replica:
@@ -38,6 +39,7 @@ type Volume struct {
 	sessions  map[*Session]struct{}
 	table     map[uint64]*Request // sent to another node, by forward id
 	nextID    uint64
+	forwarded forwardProbe
 	held      []*Request // wait for a primary
 	heldSpare []*Request
 	up        map[ident.Node]bool // links that are up
