@@ -5,10 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -452,37 +450,6 @@ func TestWitness(t *testing.T) {
 	}
 	if got := nodes["gamma"].status("db"); got.Health != control.Degraded {
 		t.Errorf("health is %s: %s", got.Health, got.Reason)
-	}
-}
-
-// TestMetricsAndReadiness scrapes a node.
-func TestMetricsAndReadiness(t *testing.T) {
-	nodes := newCluster(t, "")
-	alpha := nodes["alpha"]
-	alpha.create("db", 16<<20)
-	base := "http://" + alpha.config().Metrics.Listen
-	get := func(path string) (int, string) {
-		resp, err := http.Get(base + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		body, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return resp.StatusCode, string(body)
-	}
-	for _, path := range []string{"/healthz", "/readyz"} {
-		if code, body := get(path); code != http.StatusOK {
-			t.Errorf("%s: %d %s", path, code, body)
-		}
-	}
-	_, metrics := get("/metrics")
-	for _, want := range []string{`blockstep_link_up{peer="beta"} 1`, `blockstep_volume_epoch{volume="db"} 1`, `blockstep_replica_in_sync{replica="gamma",volume="db"} 1`, `blockstep_nbd_request_seconds_bucket{op="write"`} {
-		if !strings.Contains(metrics, want) {
-			t.Errorf("no %s in the metrics", want)
-		}
 	}
 }
 

@@ -62,6 +62,8 @@ type Daemon struct {
 	attach   *attach.Manager
 	attached atomic.Pointer[attach.Manager] // attach, for those that may ask before it is open
 	stopping chan struct{}                  // closed when the daemon begins to stop
+	leaving  atomic.Bool                    // set before that, when it begins to hand its volumes over
+	beat     atomic.Int64                   // when it was last seen to live, since start
 	admin    *adminServer
 	metrics  *metricsServer
 	local    *localEvents
@@ -165,6 +167,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	if err := d.openMetrics(); err != nil {
 		return err
 	}
+	d.wg.Go(func() { d.runBeat(d.ctx) })
 	d.wg.Go(func() { d.runWatchdog(d.ctx) })
 	d.wg.Go(func() { d.runHangups(d.ctx) })
 	return nil
@@ -285,6 +288,7 @@ func (d *Daemon) fail(err error) {
 // close stops what runs, clients first. It may be called on a daemon that was
 // opened in part.
 func (d *Daemon) close() {
+	d.leaving.Store(true)
 	if d.attach != nil {
 		d.attach.Stopping()
 	}

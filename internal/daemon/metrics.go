@@ -12,6 +12,7 @@ import (
 	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/version"
 	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/replication"
 	"github.com/blockstep/blockstep/replication/core"
 )
 
@@ -39,14 +40,8 @@ func (d *Daemon) openMetrics() error {
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &collector{d: d})
 	h := http.NewServeMux()
 	h.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
-	h.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	h.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if why := d.notReady(); why != "" {
-			http.Error(w, why, http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ready")
-	})
+	h.HandleFunc("GET /healthz", answer("ok", d.dead))
+	h.HandleFunc("GET /readyz", answer("ready", d.notReady))
 	d.metrics = &metricsServer{newHTTPServer(h, d.log)}
 	d.wg.Go(func() {
 		_ = d.metrics.http.Serve(ln) // it ends with close
@@ -54,9 +49,23 @@ func (d *Daemon) openMetrics() error {
 	return nil
 }
 
+// answer makes a handler that says fine, or why it is not, with 503.
+func answer(fine string, wrong func() string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		if why := wrong(); why != "" {
+			http.Error(w, why, http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, fine)
+	}
+}
+
 // notReady says why clients had better use another node; "" when this one is as
 // good as any.
 func (d *Daemon) notReady() string {
+	if d.leaving.Load() {
+		return "this node is stopping"
+	}
 	if d.state().ClusterID == "" {
 		return "the cluster is not founded yet: " + d.raft.Founding().Waiting
 	}
@@ -94,6 +103,7 @@ var (
 	descPrimary    = desc("volume_primary", "1 on the node that serves the volume.", "volume")
 	descEpoch      = desc("volume_epoch", "The volume's epoch.", "volume")
 	descSize       = desc("volume_size_bytes", "The volume's size.", "volume")
+	descStage      = desc("stage_seconds", "Time that a stage of a request's way takes on this node: log_write, log_sync, commit, forward, apply, store_sync, read.", "volume", "stage")
 	descSeq        = desc("volume_log_seq", "Seq of this replica: last, committed, durable, applied.", "volume", "what")
 	descWaiting    = desc("volume_waiting_requests", "Requests that are held.", "volume")
 	descLag        = desc("replica_lag_bytes", "How far a replica is behind, on the primary.", "volume", "replica")
@@ -152,6 +162,7 @@ func (c *collector) collectVolume(ch chan<- prometheus.Metric, v *volume) {
 	st := v.driver.Status()
 	gauge(ch, descPrimary, flag(st.Core.Role == core.RolePrimary), v.name)
 	gauge(ch, descWaiting, float64(st.Held+st.Core.Waiting), v.name)
+	collectStages(ch, v)
 	if !v.replica.Load() {
 		return
 	}
@@ -162,6 +173,21 @@ func (c *collector) collectVolume(ch chan<- prometheus.Metric, v *volume) {
 	for _, p := range st.Core.Peers {
 		gauge(ch, descLag, float64(p.LagBytes), v.name, string(p.Node))
 		gauge(ch, descDirty, float64(p.DirtyBytes), v.name, string(p.Node))
+	}
+}
+
+// collectStages gives every second bucket: a node with a hundred volumes has a
+// thousand such histograms.
+func collectStages(ch chan<- prometheus.Metric, v *volume) {
+	for stage, s := range v.driver.Stages() {
+		buckets, sum := map[float64]uint64{}, uint64(0)
+		for i := range replication.StageBuckets - 1 {
+			sum += s.Buckets[i]
+			if i%2 == 0 {
+				buckets[float64(uint64(1)<<i)/1e6] = sum
+			}
+		}
+		ch <- prometheus.MustNewConstHistogram(descStage, s.Count, s.Sum.Seconds(), buckets, v.name, stage.String())
 	}
 }
 

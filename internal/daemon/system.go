@@ -36,6 +36,42 @@ func notify(logger *slog.Logger, what string) {
 	}
 }
 
+const (
+	// beatEvery is how often the daemon looks whether it lives.
+	beatEvery = time.Second
+	// beatLate is after how long without a beat /healthz says that it does not,
+	// and systemd's watchdog is told nothing more: longer than a machine under
+	// heavy load keeps a goroutine waiting, shorter than WatchdogSec of the unit.
+	beatLate = 10 * time.Second
+)
+
+// runBeat notes that the daemon lives. One whose tables are locked for ever does
+// not.
+func (d *Daemon) runBeat(ctx context.Context) {
+	tick := time.NewTicker(beatEvery)
+	defer tick.Stop()
+	for {
+		d.vmu.RLock()
+		d.beat.Store(int64(time.Since(d.start)))
+		d.vmu.RUnlock()
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// dead says why the daemon had better be started again; "" while it lives. A
+// disk that hangs, or a cluster without a majority, is no reason: a restart heals
+// neither.
+func (d *Daemon) dead() string {
+	if since := time.Since(d.start) - time.Duration(d.beat.Load()); since > beatLate {
+		return fmt.Sprintf("the daemon stands still since %v", since.Round(time.Second))
+	}
+	return ""
+}
+
 // runWatchdog tells systemd that we live, twice in the time that it allows.
 func (d *Daemon) runWatchdog(ctx context.Context) {
 	every, err := sd.SdWatchdogEnabled(false)
@@ -49,8 +85,10 @@ func (d *Daemon) runWatchdog(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			d.vmu.RLock() // a daemon whose tables are locked for ever does not live
-			d.vmu.RUnlock()
+			if why := d.dead(); why != "" {
+				d.log.Error("systemd's watchdog is told nothing", "reason", why)
+				continue
+			}
 			notify(d.log, "WATCHDOG=1")
 		}
 	}
