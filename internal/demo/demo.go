@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -200,14 +201,30 @@ func Live(ctx context.Context, o Options) error {
 	for _, n := range nodes {
 		fmt.Fprintf(o.Out, "  %-6s nbd://%s/%s   nbd+unix:///%s?socket=%s\n", n.name, n.nbdTCP, volumeName, volumeName, n.nbdSock)
 	}
-	fmt.Fprintf(o.Out, "\nTry, in another terminal:\n  blockstep --admin unix://%s status %s\n  qemu-img info nbd://%s/%s\n  blockstep --admin unix://%s switchover %s --to beta\n\nCtrl-C ends it.\n\n",
-		nodes[0].admin, volumeName, nodes[1].nbdTCP, volumeName, nodes[0].admin, volumeName)
+	fmt.Fprintf(o.Out, "\nTry, in another terminal:\n  %[1]s --admin unix://%[2]s status %[3]s\n  qemu-img info nbd://%[4]s/%[3]s\n  %[1]s --admin unix://%[2]s switchover %[3]s --to beta\n\nCtrl-C ends it.\n\n",
+		command(), nodes[0].admin, volumeName, nodes[1].nbdTCP)
 	watch(run, nodes, o)
 	if cause := context.Cause(run); ctx.Err() == nil && cause != nil {
 		return cause
 	}
 	fmt.Fprintln(o.Out, "stopping")
 	return nil
+}
+
+// command is what calls this program from any directory: its name, where the
+// shell finds it by that, else its path.
+func command() string {
+	exe, err := os.Executable()
+	if err != nil {
+		return "blockstep"
+	}
+	name := filepath.Base(exe)
+	if found, err := exec.LookPath(name); err == nil {
+		if found, err = filepath.EvalSymlinks(found); err == nil && found == exe {
+			return name
+		}
+	}
+	return exe
 }
 
 // runHere runs one node in this process; its log goes to its file.
