@@ -11,6 +11,7 @@ import (
 // behind it checks again.
 type gate struct {
 	size       uint64
+	grown      func() uint64 // asked for the size when a range is beyond it; nil: it is fixed
 	blockMin   uint64
 	payloadMax uint64
 	readOnly   bool
@@ -149,6 +150,18 @@ func (g *gate) payloadFlag(h requestHeader) (filter bool, err error) {
 	return false, nil
 }
 
+// beyond reports whether a range ends behind the export, which may have grown.
+func (g *gate) beyond(offset, length uint64) bool {
+	if offset <= g.size && length <= g.size-offset {
+		return false
+	}
+	if g.grown == nil {
+		return true
+	}
+	g.size = max(g.size, g.grown())
+	return offset > g.size || length > g.size-offset
+}
+
 // extent checks a command's range.
 func (g *gate) extent(op Op, offset, length uint64) error {
 	if op == OpFlush {
@@ -160,7 +173,7 @@ func (g *gate) extent(op Op, offset, length uint64) error {
 	switch {
 	case length == 0:
 		return errEmpty
-	case offset > g.size || length > g.size-offset:
+	case g.beyond(offset, length):
 		return ErrRange
 	case (offset|length)&(g.blockMin-1) != 0:
 		return errUnalign

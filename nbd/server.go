@@ -49,6 +49,10 @@ type ListenerOptions struct {
 	// Connections bounds those of this listener. 0 leaves it to Limits.
 	Connections int
 	TLS         TLSMode
+	// Grows says that clients learn by other means that an export has grown, as
+	// the kernel does by netlink: then its size is not what was negotiated, but
+	// what Session.Info says.
+	Grows bool
 }
 
 // listener is a net.Listener with its options.
@@ -329,6 +333,9 @@ func (c *conn) handshake(ctx context.Context) error {
 		size: n.info.Size, blockMin: uint64(n.info.BlockMin), payloadMax: uint64(n.info.BlockMax),
 		readOnly: n.info.ReadOnly, fastZero: !n.info.ReadOnly,
 		extended: n.extended, structured: n.structured, contexts: len(n.ids),
+	}
+	if c.listener.Grows {
+		c.gate.grown = func() uint64 { return c.session.Info().Size }
 	}
 	c.in = buf.Get(readBufferMin)
 	c.out.init()

@@ -81,3 +81,29 @@ func TestARequestBehindTheOldEndWaitsForTheNews(t *testing.T) {
 		c.close()
 	})
 }
+
+// A primary elsewhere hears of the new size later than the node of a client that
+// writes behind the old one: the request waits, and does not fail.
+func TestAWriteComesBeforeThePrimaryHears(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const old, grown = 1 << 20, 4 << 20
+		c := newTestCluster(t, old, 3)
+		defer c.close()
+		if prim := c.promote("n1"); prim != "n1" {
+			t.Fatalf("the primary is %s", prim)
+		}
+		c.mu.Lock()
+		c.view.Size = grown
+		view := c.view
+		c.mu.Unlock()
+		c.nodes["n2"].volume().SetView(view) // the primary has not heard
+		s := c.session("n2")
+		time.AfterFunc(10*time.Second, c.push)
+		want := pattern(5, 8192)
+		s.mustWrite(grown-8192, want)
+		s.mustRead(grown-8192, want)
+		if len(c.fails) > 0 {
+			t.Errorf("failed: %v", c.fails)
+		}
+	})
+}

@@ -254,6 +254,12 @@ func (v *Volume) handleReply(from ident.Node, m *wire.Reply, b *completions) {
 	v.cmu.Unlock()
 
 	switch m.Status {
+	case wire.StatusRange:
+		if v.fits(r) {
+			v.undone(r) // the volume has grown, and the primary has not heard of it yet
+			return
+		}
+		v.finish(r, statusError(m.Status))
 	case wire.StatusRetry, wire.StatusStaleEcho:
 		v.undone(r)
 	case wire.StatusOK:
@@ -266,7 +272,7 @@ func (v *Volume) handleReply(from ident.Node, m *wire.Reply, b *completions) {
 		s := r.sess
 		v.finish(r, ErrGeneration)
 		s.end(ErrGeneration)
-	case wire.StatusIO, wire.StatusNoSpace, wire.StatusRange, wire.StatusTooOld, wire.StatusUnsupported:
+	case wire.StatusIO, wire.StatusNoSpace, wire.StatusTooOld, wire.StatusUnsupported:
 		v.finish(r, statusError(m.Status))
 	default:
 		v.finish(r, fmt.Errorf("%w: status %d from node %s, which may be newer", ErrUnsupported, m.Status, from))

@@ -73,7 +73,7 @@ func (v *Volume) openSession(c Client, replicaOf ident.Node) (*Session, error) {
 }
 
 // Size returns the volume's size in bytes as the cluster state has it now.
-func (s *Session) Size() uint64 { return s.v.size.Load() }
+func (s *Session) Size() uint64 { return s.v.Size() }
 
 // ReadOnly reports whether the session may not change anything.
 func (s *Session) ReadOnly() bool { return s.replicaOf != "" }
@@ -123,14 +123,19 @@ func (s *Session) check(r *Request) error {
 	if r.Op == OpFlush {
 		return nil
 	}
-	size := s.v.size.Load()
-	if r.Offset > size || r.Length > size-r.Offset {
-		return fmt.Errorf("%w: offset %d, length %d, size %d", ErrRange, r.Offset, r.Length, size)
+	if !s.v.fits(r) {
+		return fmt.Errorf("%w: offset %d, length %d, size %d", ErrRange, r.Offset, r.Length, s.v.size.Load())
 	}
 	if (r.Op == OpRead || r.Op == OpWrite) && (r.Length > requestMax || r.Data == nil || uint64(len(r.Data.B)) != r.Length) {
 		return fmt.Errorf("%w: a payload of %d bytes", ErrUnsupported, r.Length)
 	}
 	return nil
+}
+
+// fits reports whether a request lies within the volume.
+func (v *Volume) fits(r *Request) bool {
+	size := v.size.Load()
+	return r.Offset <= size && r.Length <= size-r.Offset
 }
 
 // begin prepares a request's own fields for a new life.

@@ -206,6 +206,9 @@ func (v *Volume) Drain(ctx context.Context, epoch ident.Epoch) error {
 	return v.rep().drain(ctx, epoch)
 }
 
+// Size is the volume's size as this node has been told; 0 before that.
+func (v *Volume) Size() uint64 { return v.size.Load() }
+
 // statusWait is how long Status waits for a loop that is in a slow disk.
 const statusWait = 100 * time.Millisecond
 

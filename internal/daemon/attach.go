@@ -24,7 +24,7 @@ func (d *Daemon) openAttach() error {
 		DeadTimeout: d.cfg.Attach.DeadTimeout,
 		Logger:      d.log,
 		Serve: func(c net.Conn, readOnly bool) error {
-			err := d.nbd.ServeConn(c, nbd.ListenerOptions{ReadOnly: readOnly, TLS: nbd.TLSOff})
+			err := d.nbd.ServeConn(c, nbd.ListenerOptions{ReadOnly: readOnly, TLS: nbd.TLSOff, Grows: true})
 			if errors.Is(err, replication.ErrGeneration) || errors.Is(err, nbd.ErrSessionLost) {
 				return fmt.Errorf("%w: %w", attach.ErrLost, err)
 			}
@@ -68,20 +68,21 @@ func (d *Daemon) checkAttachment(r attach.Record) error {
 
 func volumeIDText(id ident.Volume) string { return fmt.Sprintf("%016x", uint64(id)) }
 
-// runSizes tells the kernel when an attached volume grew.
+// runSizes tells the kernel when an attached volume grew: as soon as this node
+// takes requests for the new end, and not before.
 func (d *Daemon) runSizes(ctx context.Context) {
-	changed, stop := d.raft.Watch()
-	defer stop()
 	for {
 		for _, r := range d.attach.List() {
 			if sv := d.state().Volume(r.Volume); sv != nil && volumeIDText(sv.ID) == r.ID {
-				d.attach.Resize(r.Volume, sv.Size)
+				if v := d.volume(sv.ID); v != nil {
+					d.attach.Resize(r.Volume, v.driver.Size())
+				}
 			}
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-changed:
+		case <-d.resized:
 		}
 	}
 }

@@ -72,6 +72,7 @@ type Daemon struct {
 	current  chan struct{} // closed when the cluster state here is known to be no old one
 	resync   atomic.Pointer[config.Resync]
 	retune   chan struct{} // capacity 1: resync has changed
+	resized  chan struct{} // capacity 1: a volume may have grown
 
 	vmu  sync.RWMutex // guards what follows
 	vols map[ident.Volume]*volume
@@ -105,7 +106,7 @@ func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs
 	d := &Daemon{
 		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: files, start: time.Now(),
 		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
-		current: make(chan struct{}), retune: make(chan struct{}, 1), stopping: make(chan struct{}),
+		current: make(chan struct{}), retune: make(chan struct{}, 1), resized: make(chan struct{}, 1), stopping: make(chan struct{}),
 		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
 	}
 	d.resync.Store(&cfg.Resync)

@@ -155,8 +155,14 @@ type session struct {
 	dirty []*bitmap.Bitmap
 }
 
-// Info implements nbd.Session.
-func (s *session) Info() nbd.Info { return s.info }
+// Info implements nbd.Session. The size is the one that requests are held to.
+func (s *session) Info() nbd.Info {
+	info := s.info
+	if size := s.s.Size(); size != 0 { // it has been told
+		info.Size = size
+	}
+	return info
+}
 
 // Close implements nbd.Session.
 func (s *session) Close() { s.s.Close() }

@@ -255,6 +255,10 @@ func (d *Daemon) showView(v *volume, sv *state.Volume) {
 	}
 	v.view = view
 	v.driver.SetView(view)
+	select {
+	case d.resized <- struct{}{}:
+	default: // it is to be looked at already
+	}
 }
 
 func sameView(a, b core.View) bool {

@@ -82,9 +82,10 @@ type Manager struct {
 // device is one attachment that lives.
 type device struct {
 	Record
-	size uint64
-	gone context.Context //nolint:containedctx // ends with the attachment
-	end  context.CancelFunc
+	sizing sync.Mutex      // held while the kernel is told a size; guards size
+	size   uint64          // what it was told; it only grows
+	gone   context.Context //nolint:containedctx // ends with the attachment
+	end    context.CancelFunc
 }
 
 // NewManager makes a manager that has done nothing yet.
@@ -378,7 +379,7 @@ func (m *Manager) reopen(kernel driver, d *device, said *string) *link {
 		// Asked again, now that a session is open: one of a later generation
 		// must not reach the device.
 		if err = m.cfg.Check(d.Record); err == nil {
-			err = kernel.Reconfigure(d.Index, Options{Backend: d.Backend, Sockets: []*os.File{l.theirs}, DeadTimeout: m.cfg.DeadTimeout, Size: l.export.size})
+			err = d.tell(kernel, l.export.size, Options{Sockets: []*os.File{l.theirs}, DeadTimeout: m.cfg.DeadTimeout})
 		}
 		if err == nil {
 			l.handed()
@@ -478,14 +479,32 @@ func (m *Manager) Resize(volume string, size uint64) {
 	m.mu.Lock()
 	d, kernel := m.devices[volume], m.kernel
 	m.mu.Unlock()
-	if d == nil || d.Lost != "" || kernel == nil || d.Index < 0 || d.size == size {
+	if d == nil || d.Lost != "" || kernel == nil || d.Index < 0 || d.told() >= size {
 		return
 	}
-	if err := kernel.Reconfigure(d.Index, Options{Backend: d.Backend, Size: size}); err != nil {
+	if err := d.tell(kernel, size, Options{}); err != nil {
 		m.cfg.Logger.Warn("the kernel did not take the new size", "volume", volume, "device", d.Device(), "err", err)
-		return
 	}
-	d.size = size
+}
+
+// tell reconfigures the device, with a size that is no smaller than it has been
+// told before: a handshake may be older than the news that the volume grew.
+func (d *device) tell(kernel driver, size uint64, o Options) error {
+	d.sizing.Lock()
+	defer d.sizing.Unlock()
+	o.Backend, o.Size = d.Backend, max(size, d.size)
+	err := kernel.Reconfigure(d.Index, o)
+	if err == nil {
+		d.size = o.Size
+	}
+	return err
+}
+
+// told returns the size that the kernel has been told; 0: not yet.
+func (d *device) told() uint64 {
+	d.sizing.Lock()
+	defer d.sizing.Unlock()
+	return d.size
 }
 
 // Stopping is called before the daemon drains its connections, so that what the

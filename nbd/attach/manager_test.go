@@ -396,3 +396,33 @@ func TestDamagedFile(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestResize: the kernel is told that a volume grew, and a reconnect whose
+// handshake is older than that does not make the device smaller again.
+func TestResize(t *testing.T) {
+	d := newFakeDriver(t)
+	s := newScene(t, filepath.Join(t.TempDir(), "attachments.json"), d)
+	defer s.stop()
+	if _, err := s.Attach(t.Context(), Record{Volume: "db", ID: "1"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, d.taken)
+	is := func(when string, want uint64) {
+		t.Helper()
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.sizes[0] != want {
+			t.Errorf("%s the device has %d bytes, want %d", when, d.sizes[0], want)
+		}
+	}
+	is("attached,", 1<<20)
+	s.Resize("db", 3<<20)
+	is("grown,", 3<<20)
+	s.Resize("db", 2<<20) // older news
+	is("told older news,", 3<<20)
+	s.server.crash()
+	wait(t, d.taken)
+	is("reconnected,", 3<<20)
+	s.Resize("nosuch", 4<<20)
+	is("another volume grown,", 3<<20)
+}
