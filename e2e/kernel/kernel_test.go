@@ -8,6 +8,14 @@ import (
 	"testing"
 )
 
+// TestOperator: four connections, zeroes and trim, a volume that grows, a minute
+// without a quorum, deleting, lost writes, and a daemon that does not come back.
+// It begins first: it waits most.
+func TestOperator(t *testing.T) {
+	t.Parallel()
+	newMachine(t).boot(t, "operator", 1024, nil)
+}
+
 // TestAttach: what is refused and why; ext4 and xfs on two volumes go on without
 // an error while the primary is killed, the daemon that serves the devices is
 // killed, and upgraded; then detach, fsck, and three equal replicas.

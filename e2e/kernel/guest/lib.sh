@@ -38,6 +38,7 @@ bs() {
 	blockstep --admin "unix:///run/$node.sock" "$@"
 }
 
+# configure [LINE]: the three configurations, with a line more.
 configure() {
 	mkdir -p /etc/blockstep
 	for n in alpha beta gamma; do
@@ -54,6 +55,7 @@ nbd: {listen: ["unix:///run/$n-nbd.sock"]}
 admin: {listen: "unix:///run/$n.sock"}
 volume: {log_retention: 16MiB, lease: 3s, heartbeat: 500ms, power_loss_grace: 3s}
 raft: {heartbeat: 4s, election: 4s}
+$1
 END
 	done
 }

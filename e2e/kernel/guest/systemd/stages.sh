@@ -35,7 +35,7 @@ since() { systemctl show -P ActiveEnterTimestampMonotonic "$1"; }
 
 ends() {
 	step "stage $stage is done"
-	echo "BLOCKSTEP STOPPING"
+	echo "BLOCKSTEP STOPPING: $(cut -d' ' -f1 /proc/uptime)"
 	echo "BLOCKSTEP PASS"
 	systemctl --no-block "$1"
 }
