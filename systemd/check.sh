@@ -14,5 +14,12 @@ done
 out=$(cd "$dir" && systemd-analyze verify --man=no $(ls | grep -v '@\.') 2>&1) || { echo "$out" >&2; exit 1; }
 [ -z "$out" ] || { echo "$out" >&2; exit 1; }
 echo "systemd: $(ls *.service *.target *.socket | wc -l) units verified"
-# No looser than it is today: 10 is everything, 0 nothing.
-(cd "$dir" && systemd-analyze security --offline=true --threshold=27 ./blockstepd.service) | tail -n 1
+# No looser than they are today: 100 is everything, 0 nothing. What keeps the
+# daemon from less stands in docs/kernel-devices.md.
+for limit in blockstepd:25 blockstep-attach@db:34 blockstep-follow@db:12; do
+	(cd "$dir" && systemd-analyze security --offline=true --threshold="${limit#*:}" "./${limit%:*}.service") >"$dir/score" || {
+		cat "$dir/score" >&2
+		exit 1
+	}
+	tail -n 1 "$dir/score"
+done
