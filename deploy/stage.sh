@@ -18,6 +18,9 @@ put 0644 "$top/systemd/60-blockstep.rules" "$lib/udev/rules.d/60-blockstep.rules
 put 0644 "$top/systemd/blockstepd.default" etc/default/blockstepd
 put 0644 "$top/systemd/blockstep.yaml" usr/share/doc/blockstep/examples/blockstep.yaml
 put 0644 "$top/README.md" usr/share/doc/blockstep/README.md
+for page in "$top"/docs/*.md; do # the runbooks point to them
+	put 0644 "$page" "usr/share/doc/blockstep/$(basename "$page")"
+done
 for page in "$top"/docs/runbooks/*.md; do
 	put 0644 "$page" "usr/share/doc/blockstep/runbooks/$(basename "$page")"
 done
