@@ -466,6 +466,13 @@ func (m *Manager) free(ctx context.Context, kernel driver, d *device) error {
 		return err
 	}
 	if !m.host.waitGone(ctx, d.Index) {
+		m.mu.Lock()
+		d.Lost = "a detach was begun while it was still open"
+		err := m.saveLocked()
+		m.mu.Unlock()
+		if err != nil {
+			m.cfg.Logger.Warn("attachment", "volume", d.Volume, "err", err)
+		}
 		return fmt.Errorf("%s: %w: it is still open somewhere, and now fails all I/O; close it (fuser -v %s shows by whom), then run this again", d.Device(), ErrBusy, d.Device())
 	}
 	if err := m.host.announce(d.Index); err != nil {

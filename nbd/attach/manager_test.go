@@ -29,6 +29,7 @@ type fakeDriver struct {
 	backend map[int]string
 	socks   map[int][]net.Conn
 	sizes   map[int]uint64
+	stays   bool     // Disconnect leaves the device there, as while it is open
 	taken   chan int // an index for each Connect and each accepted Reconfigure with a socket
 }
 
@@ -106,6 +107,9 @@ func (f *fakeDriver) Disconnect(index int) error {
 	}
 	delete(f.backend, index)
 	delete(f.socks, index)
+	if f.stays {
+		return nil
+	}
 	return os.RemoveAll(filepath.Join(f.sys, deviceName(index)))
 }
 
@@ -425,4 +429,33 @@ func TestResize(t *testing.T) {
 	is("reconnected,", 3<<20)
 	s.Resize("nosuch", 4<<20)
 	is("another volume grown,", 3<<20)
+}
+
+// TestDetachStillOpen: a device that is open when it is detached fails all I/O
+// from then on, and is shown so until it is closed and detached.
+func TestDetachStillOpen(t *testing.T) {
+	d := newFakeDriver(t)
+	d.stays = true
+	s := newScene(t, filepath.Join(t.TempDir(), "attachments.json"), d)
+	defer s.stop()
+	if _, err := s.Attach(t.Context(), Record{Volume: "db", ID: "1"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := s.Detach(ctx, "db"); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "still open") {
+		t.Errorf("detach: %v", err)
+	}
+	if l := s.List(); len(l) != 1 || l[0].Lost == "" {
+		t.Errorf("it is listed as %+v", l)
+	}
+	if err := os.RemoveAll(filepath.Join(d.sys, deviceName(0))); err != nil { // it is closed
+		t.Fatal(err)
+	}
+	if err := s.Detach(t.Context(), "db"); err != nil {
+		t.Errorf("detach after it was closed: %v", err)
+	}
+	if l := s.List(); len(l) != 0 {
+		t.Errorf("it is listed as %+v", l)
+	}
 }

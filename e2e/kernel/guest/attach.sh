@@ -87,6 +87,7 @@ done
 # One that is open, but not mounted, cannot be told from one that nobody uses.
 exec 9</dev/nbd1
 mustfail "still open" bs alpha detach files
+bs alpha attachments | grep -q '/dev/nbd1.*lost: a detach was begun' || fail "it fails all I/O, and is shown as: $(bs alpha attachments)"
 exec 9<&-
 until_done 60 test ! -e /sys/block/nbd1/pid || fail "the kernel keeps /dev/nbd1"
 on alpha detach files
