@@ -105,7 +105,9 @@ func (h host) claim(ctx context.Context, index int, flush bool) (*os.File, error
 		f   *os.File
 		err error
 	}
-	done := make(chan result, 1)
+	// Without room: what is not taken by the caller is closed, and never left in
+	// the channel, where it would keep the device claimed.
+	done := make(chan result)
 	// On a device that holds its I/O these calls do not return before it goes
 	// on. Then the goroutine outlives the caller and closes what it opened.
 	go func() {

@@ -459,3 +459,33 @@ func TestDetachStillOpen(t *testing.T) {
 		t.Errorf("it is listed as %+v", l)
 	}
 }
+
+// TestClaimGivenUp: an open that returns after nobody waits for it any more does
+// not keep the device claimed.
+func TestClaimGivenUp(t *testing.T) {
+	for range 32 {
+		answer, opened := make(chan struct{}), make(chan *os.File, 1)
+		h := host{dev: "/dev", exclusives: func(string) (*os.File, error) {
+			<-answer
+			f, err := os.Open(os.DevNull)
+			opened <- f
+			return f, err
+		}}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := h.claim(ctx, 0, false); err == nil || !strings.Contains(err.Error(), "held") {
+			t.Fatalf("claim: %v", err)
+		}
+		close(answer)
+		f := <-opened
+		deadline := time.Now().Add(10 * time.Second)
+		for {
+			if _, err := f.Stat(); errors.Is(err, os.ErrClosed) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("the device stays claimed")
+			}
+		}
+	}
+}
