@@ -15,6 +15,7 @@ import (
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/daemon"
 )
 
 // The exit codes, a promise to scripts.
@@ -108,8 +109,9 @@ func exitCode(err error) int {
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
-		Use:   "blockstep",
-		Short: "Operate replicated block volumes",
+		Use:     "blockstep",
+		Version: daemon.Version(),
+		Short:   "Operate replicated block volumes",
 		Long: `blockstep operates a cluster of blockstepd daemons through the admin socket of
 the daemon on this host. Start with "blockstep status"; to see the whole thing
 work on this machine alone, "blockstep demo".
@@ -118,9 +120,10 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	root.SetVersionTemplate("blockstep {{.Version}}\n")
 	group(root)
 	f := root.PersistentFlags()
-	f.StringVar(&a.config, "config", "", "configuration file, for the admin address (default "+config.DefaultFile+")")
+	f.StringVar(&a.config, "config", "", "configuration file, for the admin address (default: "+config.EnvFile+", else "+config.DefaultFile+")")
 	f.StringVar(&a.admin, "admin", "", "admin address: unix:///PATH, or tcp://HOST:PORT of a node for reading verbs")
 	f.BoolVar(&a.json, "json", false, "print JSON instead of tables")
 	root.AddCommand(
@@ -207,8 +210,8 @@ func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command,
 	})
 }
 
-// dial finds the daemon: --admin, --config, BLOCKSTEP_ADMIN, the default file,
-// the default socket.
+// dial finds the daemon: --admin, --config, BLOCKSTEP_ADMIN,
+// BLOCKSTEP_ADMIN_LISTEN, the default file, the default socket.
 func (a *app) dial() (*control.Client, error) {
 	address := a.admin
 	if address == "" && a.config == "" {
@@ -224,12 +227,9 @@ func (a *app) dial() (*control.Client, error) {
 }
 
 func (a *app) adminOfConfig() (string, error) {
-	file := a.config
-	if file == "" {
-		file = config.DefaultFile
-		if !exists(file) {
-			return "unix:///run/blockstep/admin.sock", nil
-		}
+	file := config.FileOr(a.config)
+	if file == config.DefaultFile && a.config == "" && !exists(file) {
+		return config.AdminDefault(), nil
 	}
 	return config.AdminAddress(file)
 }

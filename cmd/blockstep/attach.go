@@ -14,7 +14,7 @@ func (a *app) attachCmd() *cobra.Command {
 	var r control.Attach
 	var ifNeeded bool
 	cmd := &cobra.Command{
-		Use: "attach VOLUME [/dev/nbdN]", Short: "Connect a volume to a kernel device of this host", Args: cobra.RangeArgs(1, 2),
+		Use: "attach VOLUME [/dev/nbdN]", Short: "Connect a volume to a kernel device of this host", Args: named("volume", 1, 2),
 		Long: "Connects a volume to /dev/nbdN, or to a free one. The device stays while the\nvolume's primary moves between nodes.",
 	}
 	cmd.Flags().IntVar(&r.Connections, "connections", 0, "connections to the daemon (default 1)")
@@ -53,7 +53,7 @@ func attached(ctx context.Context, c *control.Client, volume string, refused err
 
 func (a *app) detachCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "detach VOLUME", Short: "Disconnect a volume from its kernel device", Args: cobra.ExactArgs(1),
+		Use: "detach VOLUME", Short: "Disconnect a volume from its kernel device", Args: named("volume", 1, 1),
 		RunE: a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
 			if err := c.Detach(ctx, args[0]); err != nil {
 				return err

@@ -13,12 +13,15 @@ import (
 func (a *app) switchoverCmd() *cobra.Command {
 	var r control.Switchover
 	cmd := &cobra.Command{
-		Use: "switchover VOLUME --to NODE", Short: "Move the primary, planned: nothing lost, nothing refused", Args: cobra.ExactArgs(1),
+		Use: "switchover VOLUME --to NODE", Short: "Move the primary, planned: nothing lost, nothing refused", Args: named("volume", 1, 1),
 		Long: "Moves the primary to another in-sync replica and returns when it serves there.\nClients see a short pause and no error.",
 	}
 	cmd.Flags().StringVar(&r.To, "to", "", "node that becomes primary (required)")
 	_ = cmd.MarkFlagRequired("to") // it is defined above
 	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		if err := nodeNamesOf(cmd, "to", r.To); err != nil {
+			return err
+		}
 		v, err := c.Switchover(ctx, args[0], r)
 		if err != nil {
 			return err
@@ -32,7 +35,7 @@ func (a *app) failoverCmd() *cobra.Command {
 	var r control.Failover
 	var yes bool
 	cmd := &cobra.Command{
-		Use: "failover VOLUME", Short: "Name a new primary because the old one is gone", Args: cobra.ExactArgs(1),
+		Use: "failover VOLUME", Short: "Name a new primary because the old one is gone", Args: named("volume", 1, 1),
 		Long: `Names a new primary when automatic failover is off or cannot decide. It keeps to
 the same rules: it is refused where a committed write could be lost.
 
@@ -47,6 +50,9 @@ cannot be reached is not stopped by it: make sure that it is off.`,
 	f.BoolVar(&r.AcceptDataLoss, "accept-data-loss", false, "with --force: writes may be gone")
 	f.BoolVar(&yes, "yes", false, yesHelp)
 	sure := func(ctx context.Context, c *control.Client, args []string) error {
+		if err := nodeNamesOf(cmd, "to", r.To); err != nil {
+			return err
+		}
 		if r.Force != r.AcceptDataLoss {
 			return control.Errorf(control.CodeUsage, "give both, or neither", "--force and --accept-data-loss go together")
 		}
@@ -73,13 +79,16 @@ func (a *app) invalidateCmd() *cobra.Command {
 	var r control.Invalidate
 	var yes bool
 	cmd := &cobra.Command{
-		Use: "invalidate VOLUME --node NODE", Short: "Resync one replica anew", Args: cobra.ExactArgs(1),
+		Use: "invalidate VOLUME --node NODE", Short: "Resync one replica anew", Args: named("volume", 1, 1),
 		Long: "Throws one replica's content away and copies it anew from the others.",
 	}
 	cmd.Flags().StringVar(&r.Node, "node", "", "node whose replica is resynced (required)")
 	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	_ = cmd.MarkFlagRequired("node") // it is defined above
 	sure := func(ctx context.Context, c *control.Client, args []string) error {
+		if err := nodeNamesOf(cmd, "node", r.Node); err != nil {
+			return err
+		}
 		return a.confirm(yes, args[0], func() string {
 			return aboutVolume(ctx, c, args[0]) + "\nThe replica on " + r.Node + " is thrown away and copied whole from the others; until then there is one good replica less."
 		})
@@ -98,7 +107,7 @@ func (a *app) invalidateCmd() *cobra.Command {
 func (a *app) verifyCmd() *cobra.Command {
 	var r control.Verify
 	cmd := &cobra.Command{
-		Use: "verify VOLUME", Short: "Compare the replicas online", Args: cobra.ExactArgs(1),
+		Use: "verify VOLUME", Short: "Compare the replicas online", Args: named("volume", 1, 1),
 		Long: "Compares all replicas at one log position while clients go on. Exit code 1 when\nthey differ and were not repaired.",
 	}
 	cmd.Flags().BoolVar(&r.Repair, "repair", false, "write what the majority has where a replica differs")

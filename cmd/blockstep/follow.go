@@ -23,7 +23,7 @@ func (a *app) followCmd() *cobra.Command {
 	var start, stop string
 	cmd := &cobra.Command{
 		Use: "follow VOLUME --start COMMAND --stop COMMAND", Short: "Run a command when this node becomes primary, and another when it no longer is",
-		Args: cobra.ExactArgs(1),
+		Args: named("volume", 1, 1),
 		Long: "Runs until it is interrupted. The commands are run by sh; one that fails is run\nagain. blockstep-follow@VOLUME.service uses it for blockstep-primary@VOLUME.target.",
 	}
 	cmd.Flags().StringVar(&start, "start", "", "run when this node is primary (required)")

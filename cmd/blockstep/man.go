@@ -97,7 +97,7 @@ func verbPage(c *cobra.Command) string {
 	}
 	fmt.Fprint(b, ".SH EXIT STATUS\n0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 timed out.\n")
 	if !c.HasParent() {
-		fmt.Fprint(b, ".SH ENVIRONMENT\n.TP\n.B BLOCKSTEP_ADMIN\nadmin address when neither --admin nor --config is given\n")
+		fmt.Fprint(b, ".SH ENVIRONMENT\n.TP\n.B BLOCKSTEP_ADMIN\nadmin address when neither --admin nor --config is given\n.TP\n.B BLOCKSTEP_CONFIG\nconfiguration file when no --config is given\n")
 		fmt.Fprintf(b, ".SH FILES\n%s\n", roff(config.DefaultFile))
 	}
 	also = append(also, "blockstepd(8)", "blockstep.yaml(5)")

@@ -62,7 +62,7 @@ func (a *app) nodeListCmd() *cobra.Command {
 func (a *app) nodeAddCmd() *cobra.Command {
 	var r control.AddNode
 	cmd := &cobra.Command{
-		Use: "add NAME --address HOST:PORT", Short: "Add a member", Args: cobra.ExactArgs(1),
+		Use: "add NAME --address HOST:PORT", Short: "Add a member", Args: named("node", 1, 1),
 		Long: "Adds a member: it may then start with an empty data directory and a configuration\nthat lists all nodes, itself included.",
 	}
 	cmd.Flags().StringVar(&r.Address, "address", "", "the node's HOST:PORT (required)")
@@ -89,7 +89,7 @@ func (a *app) nodeChangeCmd(verb, short, long, done string) *cobra.Command {
 		limit = drainTimeout
 	}
 	yes := false
-	cmd := &cobra.Command{Use: verb + " NAME", Short: short, Long: long, Args: cobra.ExactArgs(1)}
+	cmd := &cobra.Command{Use: verb + " NAME", Short: short, Long: long, Args: named("node", 1, 1)}
 	if verb != "drain" {
 		cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	}

@@ -29,7 +29,7 @@ command to type. With VOLUME, that one in detail.
 
 Health: healthy (every replica is up and in sync), degraded (serving with fewer),
 suspended (nobody serves: I/O is held and goes on by itself, it does not fail).`,
-		Args: cobra.MaximumNArgs(1),
+		Args: named("volume", 0, 1),
 	}
 	cmd.Flags().BoolVar(&watch, "watch", false, "show it anew each second until Ctrl-C")
 	show := func(ctx context.Context, c *control.Client, args []string, w io.Writer) error {

@@ -31,6 +31,7 @@ func (a *app) volumeCreateCmd() *cobra.Command {
 	var size string
 	var r control.CreateVolume
 	var devices []string
+	var yes bool
 	cmd := &cobra.Command{
 		Use:   "create NAME --size SIZE",
 		Short: "Create a volume, and return when it serves",
@@ -43,7 +44,7 @@ Ack says what the answer to a write waits for:
   durable  a majority has fsynced it
   local    the primary holds it; a failover may lose the last writes`,
 		Example: "  blockstep volume create db --size 10GiB\n  blockstep volume create db --size 10GiB --replicas alpha,beta --device alpha=/dev/vg0/db",
-		Args:    cobra.ExactArgs(1),
+		Args:    named("volume", 1, 1),
 	}
 	f := cmd.Flags()
 	f.StringVar(&size, "size", "", "size, for example 10GiB (required)")
@@ -52,7 +53,16 @@ Ack says what the answer to a write waits for:
 	f.StringVar(&r.Ack, "ack", "", "quorum, durable or local")
 	f.IntVar(&r.MinCopy, "min-copies", 0, "fewest in-sync replicas that writes go on with (default: 2 with three or more replicas, else 1)")
 	_ = cmd.MarkFlagRequired("size") // it is defined above
-	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+	f.BoolVar(&yes, "yes", false, yesHelp)
+	sure := func(_ context.Context, _ *control.Client, args []string) error {
+		if err := nodeNamesOf(cmd, "replicas", r.Replicas...); err != nil {
+			return err
+		}
+		return a.confirm(yes || len(devices) == 0, args[0], func() string {
+			return "What is on " + strings.Join(devices, " and ") + " is gone then."
+		})
+	}
+	cmd.RunE = a.askAfter(changeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
 		r.Name = args[0]
 		var err error
 		if r.Size, err = parseSize(size); err != nil {
@@ -110,7 +120,7 @@ func (a *app) volumeListCmd() *cobra.Command {
 func (a *app) volumeDeleteCmd() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
-		Use: "delete NAME", Short: "Delete a volume and the content of all its replicas", Args: cobra.ExactArgs(1),
+		Use: "delete NAME", Short: "Delete a volume and the content of all its replicas", Args: named("volume", 1, 1),
 		Long: "Deletes a volume: its content is gone on every node. On a terminal it shows what\nthat is and wants the volume's name typed, unless --yes is given. A volume that is\nattached to a kernel device is not deleted.",
 	}
 	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
@@ -130,7 +140,7 @@ func (a *app) volumeDeleteCmd() *cobra.Command {
 
 func (a *app) volumeResizeCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "resize NAME SIZE", Short: "Make a volume larger, online", Args: cobra.ExactArgs(2),
+		Use: "resize NAME SIZE", Short: "Make a volume larger, online", Args: named("volume", 2, 2),
 		Long: "Makes a volume larger on all its replicas. NBD clients see the new size when they\nconnect again. A volume cannot be made smaller.",
 		RunE: a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
 			n, err := parseSize(args[1])

@@ -19,6 +19,8 @@ const (
 	// missingFor is how long a volume may be unknown before waiting for it ends:
 	// a daemon that has just started does not know the cluster's volumes yet.
 	missingFor = 3 * time.Second
+	// lookTime bounds the one look of a wait that may take no time.
+	lookTime = 3 * time.Second
 )
 
 func (a *app) waitCmd() *cobra.Command {
@@ -33,7 +35,7 @@ func (a *app) waitCmd() *cobra.Command {
   quorum   a majority of the nodes agrees, so that the cluster state can change
 
 Exit codes: 0 it is so, 4 the time is over, 3 no daemon was reachable all the time.`,
-		Args: cobra.ExactArgs(1),
+		Args: named("volume", 1, 1),
 	}
 	cmd.Flags().StringVar(&what, "for", "", "healthy, primary or quorum (required)")
 	cmd.Flags().DurationVar(&timeout, "timeout", 30*time.Second, "how long to wait")
@@ -47,9 +49,13 @@ Exit codes: 0 it is so, 4 the time is over, 3 no daemon was reachable all the ti
 			return err
 		}
 		defer c.Close()
-		ctx, cancel := context.WithTimeout(ctx, timeout)
+		if timeout < 0 {
+			return control.Errorf(control.CodeUsage, "write it like 30s or 5m; 0s looks once", "--timeout %v is negative", timeout)
+		}
+		// It is looked at once, however short the time is.
+		ctx, cancel := context.WithTimeout(ctx, max(timeout, lookTime))
 		defer cancel()
-		v, err := waitFor(ctx, c, args[0], what)
+		v, err := (&waiter{c: c, volume: args[0], what: what}).run(ctx, timeout)
 		if err != nil {
 			return err
 		}
@@ -58,60 +64,98 @@ Exit codes: 0 it is so, 4 the time is over, 3 no daemon was reachable all the ti
 	return cmd
 }
 
-// waitFor polls until the condition holds or ctx ends. Errors on the way are
-// kept, and say at the end why it did not come to it.
-func waitFor(ctx context.Context, c *control.Client, volume, what string) (control.VolumeStatus, error) {
+// waiter is what a wait knows so far: errors on the way are kept, and say at the
+// end why it did not come to it.
+type waiter struct {
+	c            *control.Client
+	volume, what string
+	why          string    // it does not hold
+	reached      bool      // some daemon answered
+	last         error     // while none did
+	missing      time.Time // since when the volume is not known
+}
+
+// run polls until the condition holds, the time is over, or ctx ends. It looks
+// at least once.
+func (w *waiter) run(ctx context.Context, timeout time.Duration) (control.VolumeStatus, error) {
+	over := time.After(timeout)
 	tick := time.NewTicker(waitEvery)
 	defer tick.Stop()
-	var last error
-	why, reached := "", false
-	var missing time.Time
-	for {
-		v, err := c.VolumeStatus(ctx, volume)
-		var holds bool
-		if err == nil {
-			reached, missing = true, time.Time{}
-			why = fmt.Sprintf("%s is %s: %s", volume, v.Health, v.Reason)
-			if holds, err = conditionHolds(ctx, c, v, what); holds {
-				return v, nil
-			}
+	for more := true; more; {
+		if v, done, err := w.look(ctx); done {
+			return v, err
 		}
-		var e *control.Error
-		if errors.As(err, &e) {
-			reached = true
-			if e.Code == control.CodeNotFound {
-				if missing.IsZero() {
-					missing = time.Now()
-				} else if time.Since(missing) > missingFor {
-					return v, err
-				}
-			}
-		}
-		if err != nil && ctx.Err() == nil {
-			last = err
-			why = err.Error()
+		select {
+		case <-over:
+			more = false
+			continue
+		default:
 		}
 		select {
 		case <-ctx.Done():
-			if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return v, errors.New("interrupted")
-			}
-			if !reached && last != nil {
-				return v, last
-			}
-			return v, control.Errorf(control.CodeTimeout, "look at blockstep status "+volume, "waited for %s in vain: %s", what, why)
+			more = false
+		case <-over:
+			more = false
 		case <-tick.C:
 		}
 	}
+	var v control.VolumeStatus
+	if ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return v, errors.New("interrupted")
+	}
+	if !w.reached && w.last != nil {
+		return v, w.last
+	}
+	if w.why == "" {
+		w.why = "the daemon gave no answer"
+	}
+	return v, control.Errorf(control.CodeTimeout, "look at blockstep status "+w.volume, "waited for %s in vain: %s", w.what, w.why)
 }
 
-func conditionHolds(ctx context.Context, c *control.Client, v control.VolumeStatus, what string) (bool, error) {
+// look looks once; done when the condition holds, or never will.
+func (w *waiter) look(ctx context.Context) (v control.VolumeStatus, done bool, err error) {
+	v, err = w.c.VolumeStatus(ctx, w.volume)
+	if err == nil {
+		w.reached, w.missing = true, time.Time{}
+		w.why = fmt.Sprintf("%s is %s: %s", w.volume, v.Health, v.Reason)
+		var not string
+		if done, not, err = conditionHolds(ctx, w.c, v, w.what); done {
+			return v, true, nil
+		}
+		if not != "" {
+			w.why = not
+		}
+	}
+	var e *control.Error
+	if errors.As(err, &e) {
+		w.reached = true
+		if e.Code == control.CodeNotFound {
+			if w.missing.IsZero() {
+				w.missing = time.Now()
+			} else if time.Since(w.missing) > missingFor {
+				return v, true, err
+			}
+		}
+	}
+	if err != nil && ctx.Err() == nil {
+		w.last = err
+		w.why = err.Error()
+	}
+	return v, false, nil
+}
+
+// conditionHolds says in not why it does not hold, where the volume's own reason
+// is not the one.
+func conditionHolds(ctx context.Context, c *control.Client, v control.VolumeStatus, what string) (holds bool, not string, err error) {
 	switch what {
 	case "healthy":
-		return v.Health == control.Healthy, nil
+		return v.Health == control.Healthy, "", nil
 	case "primary":
-		return v.Primary != "" && v.Health != control.Suspended, nil
+		return v.Primary != "" && v.Health != control.Suspended, "", nil
 	}
 	s, err := c.Status(ctx)
-	return s.Quorum, err
+	if err == nil && !s.Quorum {
+		not = "there is no Raft leader; down: " + orDash(down(s.Nodes))
+	}
+	return s.Quorum, not, err
 }

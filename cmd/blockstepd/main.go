@@ -63,7 +63,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		return exitUsage
 	}
 	if check {
-		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", file, cfg.Node, cfg.Cluster, len(cfg.Nodes))
+		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", cfg.File, cfg.Node, cfg.Cluster, len(cfg.Nodes))
 		return exitDone
 	}
 	level := new(slog.LevelVar)

@@ -74,7 +74,7 @@ func Keys() []KeyInfo {
 	for _, k := range keys {
 		i := KeyInfo{Name: k.name, Help: abouts[k.name].help, Env: "environment: " + envName(k.name), Live: "needs a restart"}
 		if k.kind == kindNodes {
-			i.Env = ""
+			i.Env += ", as YAML"
 		}
 		if abouts[k.name].live {
 			i.Live = "changes live, with blockstep reload or SIGHUP"
@@ -105,7 +105,7 @@ func Keys() []KeyInfo {
 
 // DaemonFlags adds all flags of blockstepd to fs: what it does, and Flags.
 func DaemonFlags(fs *pflag.FlagSet) {
-	fs.String("config", DefaultFile, "configuration file")
+	fs.String("config", "", "configuration file (default: "+EnvFile+", else "+DefaultFile+")")
 	fs.Bool("check-config", false, "check the configuration and end")
 	fs.Bool("version", false, "print the version and end")
 	Flags(fs)

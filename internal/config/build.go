@@ -159,12 +159,25 @@ func (l *loader) nodeName(nodes []Node) string {
 	return host
 }
 
+const nodesExample = `{alpha: {address: "10.1.0.1:7700"}, beta: {address: "10.1.0.2:7700"}, gamma: {address: "10.1.0.3:7700"}}`
+
 // nodes reads the map from the YAML itself: viper lowers the case of keys, and
 // Alpha and alpha are different nodes.
 func (l *loader) nodes() []Node {
 	m := l.find("nodes")
+	if env := os.Getenv(envName("nodes")); env != "" {
+		file := l.file
+		l.file = "environment variable " + envName("nodes")
+		defer func() { l.file = file }()
+		var doc yaml.Node
+		if err := yaml.Unmarshal([]byte(env), &doc); err != nil || len(doc.Content) == 0 {
+			l.errs = append(l.errs, &Error{Where: l.file, Problem: fmt.Sprintf("not valid YAML: %v", err), Next: nodesExample})
+			return nil
+		}
+		m = doc.Content[0]
+	}
 	if m == nil || m.Kind != yaml.MappingNode || len(m.Content) == 0 {
-		l.fail("nodes", "is missing or empty", `list the founding members: nodes: {alpha: {address: "10.1.0.1:7700"}, beta: {address: "10.1.0.2:7700"}, gamma: {address: "10.1.0.3:7700"}}`)
+		l.fail("nodes", "is missing or empty", "list the founding members: nodes: "+nodesExample)
 		return nil
 	}
 	var out []Node

@@ -15,6 +15,20 @@ import (
 // DefaultFile is read when no file is named.
 const DefaultFile = "/etc/blockstep/blockstep.yaml"
 
+// EnvFile is the environment variable that names another file than DefaultFile.
+const EnvFile = EnvPrefix + "_CONFIG"
+
+// FileOr returns file, or what is read when it is "".
+func FileOr(file string) string {
+	if file == "" {
+		file = os.Getenv(EnvFile)
+	}
+	if file == "" {
+		file = DefaultFile
+	}
+	return file
+}
+
 // EnvPrefix begins the environment variable of each key: data_dir is
 // BLOCKSTEP_DATA_DIR, nbd.listen is BLOCKSTEP_NBD_LISTEN.
 const EnvPrefix = "BLOCKSTEP"

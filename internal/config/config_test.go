@@ -33,6 +33,33 @@ func write(t *testing.T, text string) string {
 	return file
 }
 
+// TestNodesOfTheEnvironment: a map has no other spelling than YAML.
+func TestNodesOfTheEnvironment(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(file, []byte("cluster: c\nnode: beta\nnodes: {alpha: {address: \"127.0.0.1:1\"}}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("BLOCKSTEP_CONFIG", file)
+	t.Setenv("BLOCKSTEP_NODES", `{alpha: {address: "10.1.0.1:7700"}, beta: {address: "10.1.0.2:7700", witness: true}}`)
+	c, err := Load("", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Nodes) != 2 || c.Self().Address != "10.1.0.2:7700" || !c.Self().Witness {
+		t.Errorf("nodes %+v", c.Nodes)
+	}
+	for env, want := range map[string]string{
+		"alpha=10.1.0.1:7700":  "environment variable BLOCKSTEP_NODES",
+		"{alpha: {adress: 1}}": `environment variable BLOCKSTEP_NODES:1: nodes.alpha.adress: unknown key; did you mean "address"`,
+		"{":                    "environment variable BLOCKSTEP_NODES: not valid YAML",
+	} {
+		t.Setenv("BLOCKSTEP_NODES", env)
+		if _, err := Load("", nil); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("BLOCKSTEP_NODES=%s: %v, want %q", env, err, want)
+		}
+	}
+}
+
 func TestLoadTheDesignsExample(t *testing.T) {
 	c, err := Load(write(t, good), nil)
 	if err != nil {
@@ -182,7 +209,7 @@ func TestAdminAddressNeedsNoNode(t *testing.T) {
 func TestParseSize(t *testing.T) {
 	for s, want := range map[string]int64{
 		"0": 0, "512": 512, "4096B": 4096, "512MiB": 512 << 20, "10GiB": 10 << 30, "10G": 10 << 30,
-		"1.5GiB": 3 << 29, "2 TiB": 2 << 40, "64k": 64 << 10, "7eib": -1, "": -1, "GiB": -1, "-1": -1,
+		"1.5GiB": 3 << 29, "2 TiB": 2 << 40, "64k": 64 << 10, "7eib": 7 << 60, "": -1, "GiB": -1, "-1": -1,
 		"1e3": -1, "0x10": -1, "inf": -1, "NaN": -1, "9999999TiB": -1, "1.0000001B": -1, "10GB": -1,
 	} {
 		got, err := ParseSize(s)

@@ -60,6 +60,16 @@ func AdminAddress(file string) (string, error) {
 	return admin.Listen.String(), nil
 }
 
+// AdminDefault is the admin address where there is no file: the environment's,
+// else the default one.
+func AdminDefault() string {
+	k, _ := lookup("admin.listen")
+	if s := os.Getenv(envName(k.name)); s != "" {
+		return s
+	}
+	return k.def
+}
+
 // loader carries what the parts of a load share.
 type loader struct {
 	file string // as named in errors
@@ -70,9 +80,7 @@ type loader struct {
 }
 
 func open(file string, fs *pflag.FlagSet) (*loader, error) {
-	if file == "" {
-		file = DefaultFile
-	}
+	file = FileOr(file)
 	raw, err := readFile(file)
 	if err != nil {
 		return nil, err

@@ -14,10 +14,14 @@ var unitBytes = []struct {
 	suffix string
 	bytes  int64
 }{
+	{"EiB", 1 << 60},
+	{"PiB", 1 << 50},
 	{"TiB", 1 << 40},
 	{"GiB", 1 << 30},
 	{"MiB", 1 << 20},
 	{"KiB", 1 << 10},
+	{"E", 1 << 60},
+	{"P", 1 << 50},
 	{"T", 1 << 40},
 	{"G", 1 << 30},
 	{"M", 1 << 20},
@@ -63,15 +67,26 @@ func cutSuffixFold(s, suffix string) (string, bool) {
 	return s[:len(s)-len(suffix)], true
 }
 
+// RoundSize prints bytes with one decimal of the largest unit that fits, for
+// figures that are read and not typed again.
+func RoundSize(n int64) string {
+	for _, u := range unitBytes[:6] {
+		if n >= u.bytes {
+			return strconv.FormatFloat(float64(n)/float64(u.bytes), 'f', 1, 64) + u.suffix
+		}
+	}
+	return strconv.FormatInt(n, 10) + "B"
+}
+
 // FormatSize prints bytes with the largest unit of which they are a whole
 // number, or with one decimal from the largest unit that fits.
 func FormatSize(n int64) string {
-	for _, u := range unitBytes[:4] {
+	for _, u := range unitBytes[:6] {
 		if n >= u.bytes && n%u.bytes == 0 {
 			return strconv.FormatInt(n/u.bytes, 10) + u.suffix
 		}
 	}
-	for _, u := range unitBytes[:4] {
+	for _, u := range unitBytes[:6] {
 		if n >= u.bytes {
 			return strconv.FormatFloat(float64(n)/float64(u.bytes), 'f', 1, 64) + u.suffix
 		}

@@ -37,6 +37,10 @@ type Client struct {
 // the first request.
 func Dial(address string) (*Client, error) {
 	network, rest, ok := strings.Cut(address, "://")
+	if network == "tcp" {
+		_, port, err := net.SplitHostPort(rest)
+		ok = ok && err == nil && port != ""
+	}
 	if !ok || (network != "unix" && network != "tcp") || rest == "" {
 		return nil, Errorf(CodeUsage, "write it like unix:///run/blockstep/admin.sock or tcp://10.1.0.1:7700", "%q is not an admin address", address)
 	}

@@ -171,8 +171,8 @@ func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (cont
 	if err := config.CheckName("volume", r.Name); err != nil {
 		return none, control.Errorf(control.CodeUsage, "", "%v", err)
 	}
-	if r.Size <= 0 {
-		return none, control.Errorf(control.CodeUsage, "write it like --size 10GiB", "a volume needs a size")
+	if err := checkSize(r.Size); err != nil {
+		return none, err
 	}
 	if err := b.waitReady(ctx); err != nil {
 		return none, err
@@ -186,6 +186,19 @@ func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (cont
 		return none, err
 	}
 	return b.awaitServing(ctx, res.Volume, cmd)
+}
+
+// checkSize says what is wrong with a size; the cluster state would refuse it too.
+func checkSize(n int64) error {
+	switch {
+	case n <= 0:
+		return control.Errorf(control.CodeUsage, "write it like 10GiB", "a volume needs a size")
+	case n > state.SizeMax:
+		return control.Errorf(control.CodeUsage, "make several", "%s is too large: a volume has at most %s", config.FormatSize(n), config.FormatSize(state.SizeMax))
+	case n%state.SizeMultiple != 0:
+		return control.Errorf(control.CodeUsage, fmt.Sprintf("the next one is %d", n-n%state.SizeMultiple+state.SizeMultiple), "%d bytes are no multiple of %d", n, state.SizeMultiple)
+	}
+	return nil
 }
 
 func (b backend) createCommand(r control.CreateVolume) (*state.CreateVolume, error) {
@@ -336,8 +349,8 @@ func (b backend) ResizeVolume(ctx context.Context, name string, r control.Resize
 	if err != nil {
 		return control.VolumeStatus{}, err
 	}
-	if r.Size <= 0 {
-		return control.VolumeStatus{}, control.Errorf(control.CodeUsage, "write it like 20GiB", "a volume needs a size")
+	if err := checkSize(r.Size); err != nil {
+		return control.VolumeStatus{}, err
 	}
 	cmd := state.Command{ResizeVolume: &state.ResizeVolume{Volume: sv.ID, Size: uint64(r.Size)}}
 	if _, res := b.d.state().Apply(cmd); !res.OK {

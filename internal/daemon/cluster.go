@@ -196,11 +196,21 @@ func (d *Daemon) applyWhole(ctx context.Context, c state.Command) (state.Result,
 
 // explain words an error of the cluster layer for the operator.
 func (d *Daemon) explain(err error) error {
+	if leader, _ := d.raft.Leader(); leader == "" && errors.Is(err, context.DeadlineExceeded) {
+		return noLeader()
+	}
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, raft.ErrNotLeader) {
 		return control.Errorf(control.CodeTimeout, "start the nodes that are down (blockstep node list), then look whether it has happened",
 			"the cluster state could not change in time: %v", err)
 	}
 	return err
+}
+
+// noLeader is the error of a change for which there was no Raft leader in time.
+func noLeader() error {
+	return control.Errorf(control.CodeTimeout,
+		"start the nodes that are down (blockstep node list); only if a majority of them is gone for good: blockstep recover --help",
+		"not done in time: there is no Raft leader, since no majority of the nodes is up and connected")
 }
 
 // refusal turns a refused command into an error for the operator.

@@ -104,7 +104,7 @@ func (e *exam) disk(fs vfs.FS, dir string) {
 		case free < all/20:
 			state = control.FindingWarn
 		}
-		e.add("free space", state, "make room in "+dir, "%s of %s in %s", config.FormatSize(free), config.FormatSize(all), dir)
+		e.add("free space", state, "make room in "+dir, "%s of %s in %s", config.RoundSize(free), config.RoundSize(all), dir)
 	}
 	took, err := fsyncTime(fs, dir)
 	switch {

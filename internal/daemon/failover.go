@@ -120,6 +120,9 @@ func (d *Daemon) operate(ctx context.Context, c operatorCall) (state.Result, err
 			last = reply.Err
 		}
 		if !pause(ctx, applyPause) {
+			if leader, _ := d.raft.Leader(); leader == "" {
+				return state.Result{}, noLeader()
+			}
 			return state.Result{}, control.Errorf(control.CodeTimeout, "look at blockstep status: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
 		}
 	}

@@ -102,6 +102,9 @@ func (b backend) changeMember(ctx context.Context, c memberCall) error {
 			last = reply.Err
 		}
 		if !pause(ctx, applyPause) {
+			if leader, _ := b.d.raft.Leader(); leader == "" {
+				return noLeader()
+			}
 			return control.Errorf(control.CodeTimeout, "look at blockstep node list: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
 		}
 	}
@@ -216,7 +219,11 @@ func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node
 			return nil
 		}
 	}
-	return control.Errorf(control.CodeFailed, "see blockstep status "+sv.Name, "the primary of %s stays on %s: %v", sv.Name, from, last)
+	code, next := control.CodeFailed, "see blockstep status "+sv.Name
+	if e := (*control.Error)(nil); errors.As(last, &e) {
+		code, next, last = e.Code, e.Next, errors.New(e.Message)
+	}
+	return control.Errorf(code, next, "the primary of %s stays on %s: %v", sv.Name, from, last)
 }
 
 // moveReplica gives a volume a replica on another node in the place of the one
