@@ -203,6 +203,9 @@ func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command,
 			defer cancel()
 		}
 		err = f(ctx, c, args)
+		if errors.Is(err, context.DeadlineExceeded) && limit <= askTimeout {
+			return control.Errorf(control.CodeTimeout, "look at its log, and whether its process stands still or its disk hangs; another node tells as much: --admin tcp://HOST:PORT", "the daemon gives no answer within %v", limit)
+		}
 		if errors.Is(err, context.DeadlineExceeded) {
 			return control.Errorf(control.CodeTimeout, "it may still happen: look at blockstep status and at the daemon's log", "no answer within %v", limit)
 		}

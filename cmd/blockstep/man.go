@@ -133,7 +133,8 @@ and stops cleanly on SIGTERM: volumes whose primary is here move to other nodes
 first. On SIGHUP it reads its configuration again and applies what can change
 while it runs; the log names what needs a restart.
 
-Exit status: 0 stopped as asked, 1 failed, 2 bad usage or configuration.`)
+Exit status: 0 stopped as asked, 1 failed, 2 bad usage or configuration, 3 the
+node was removed from the cluster (blockstepd.service is not restarted then).`)
 	fs := pflag.NewFlagSet("blockstepd", pflag.ContinueOnError)
 	config.DaemonFlags(fs)
 	flagSection(b, "OPTIONS", fs)

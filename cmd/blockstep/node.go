@@ -63,7 +63,7 @@ func (a *app) nodeAddCmd() *cobra.Command {
 	var r control.AddNode
 	cmd := &cobra.Command{
 		Use: "add NAME --address HOST:PORT", Short: "Add a member", Args: named("node", 1, 1),
-		Long: "Adds a member: it may then start with an empty data directory and a configuration\nthat lists all nodes, itself included.",
+		Long: "Adds a member. Start blockstepd on it first, with an empty data directory and a\nconfiguration that lists all nodes, itself included: it waits to be added.",
 	}
 	cmd.Flags().StringVar(&r.Address, "address", "", "the node's HOST:PORT (required)")
 	cmd.Flags().BoolVar(&r.Witness, "witness", false, "it votes and stores nothing")
@@ -74,7 +74,7 @@ func (a *app) nodeAddCmd() *cobra.Command {
 			return err
 		}
 		return a.print(r, func(w io.Writer) {
-			fmt.Fprintf(w, "node %s may join; next: start blockstepd on it\n", r.Name)
+			fmt.Fprintf(w, "node %s is a member; next: blockstep node list\n", r.Name)
 		})
 	})
 	return cmd

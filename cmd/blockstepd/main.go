@@ -18,11 +18,13 @@ import (
 	"github.com/blockstep/blockstep/internal/daemon"
 )
 
-// The exit codes: 0 stopped as asked, 1 failed, 2 bad usage or configuration.
+// The exit codes: 0 stopped as asked, 1 failed, 2 bad usage or configuration, 3
+// removed from the cluster. The unit has systemd not restart after the last.
 const (
-	exitDone   = 0
-	exitFailed = 1
-	exitUsage  = 2
+	exitDone    = 0
+	exitFailed  = 1
+	exitUsage   = 2
+	exitRemoved = 3
 )
 
 func main() {
@@ -76,7 +78,11 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	if err == nil {
 		err = daemon.Run(ctx, cfg, newLogger(cfg.Log.Format, level, errOut), hooks, sockets...)
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, daemon.ErrRemoved):
+		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
+		return exitRemoved
+	case err != nil:
 		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
 		return exitFailed
 	}

@@ -407,10 +407,8 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 	if r.Force != r.AcceptDataLoss {
 		return none, control.Errorf(control.CodeUsage, "give both, or neither", "force and accept_data_loss go together")
 	}
-	if r.To != "" {
-		if err := b.checkNode(r.To); err != nil {
-			return none, err
-		}
+	if err := b.checkTarget(sv, r.To); err != nil {
+		return none, err
 	}
 	if st := b.d.primaryReport(ctx, sv); st.serving() {
 		return none, control.Errorf(control.CodeRefused, fmt.Sprintf("to move it, run blockstep switchover %s --to NODE", name), "the primary %s of %s serves: there is nothing to fail over from", sv.Primary, name)
@@ -426,7 +424,41 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 	if res.Loss != state.LossNone || r.Force {
 		out.Lost = "answered writes that only the missing replicas hold are gone; every NBD session from before ends with an error. A primary that still runs on a side that cannot be reached is not stopped by this: make sure that it is off."
 	}
+	if r.To == "" || out.Primary == r.To {
+		return out, nil
+	}
+	// The best replica is the one that is promoted; to is a switchover afterwards.
+	if err := b.d.switchover(ctx, sv.ID, ident.Node(r.To)); err != nil {
+		return none, control.Errorf(control.CodeFailed, fmt.Sprintf("when it is in sync: blockstep switchover %s --to %s", name, r.To),
+			"%s has a primary again, %s, which could not be moved to %s: %v", name, out.Primary, r.To, err)
+	}
+	if now := b.d.state().Volumes[sv.ID]; now != nil {
+		out.Primary, out.Epoch = string(now.Primary), uint64(now.Epoch)
+	}
 	return out, nil
+}
+
+// checkTarget says why a node cannot be the next primary of a volume; "" leaves
+// the choice.
+func (b backend) checkTarget(sv *state.Volume, node string) error {
+	if node == "" {
+		return nil
+	}
+	if err := b.checkNode(node); err != nil {
+		return err
+	}
+	n := ident.Node(node)
+	switch {
+	case sv.Replica(n) == nil:
+		var on []string
+		for _, r := range sv.Replicas {
+			on = append(on, string(r.Node))
+		}
+		return control.Errorf(control.CodeRefused, "its replicas are on "+strings.Join(on, ", "), "%s has no replica on %s", sv.Name, node)
+	case n != b.d.self && !b.d.linkUp(n):
+		return control.Errorf(control.CodeRefused, "leave --to out, or start blockstepd there", "%s is not up", node)
+	}
+	return nil
 }
 
 // Invalidate implements control.Backend.

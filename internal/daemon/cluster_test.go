@@ -518,7 +518,7 @@ func TestDrain(t *testing.T) {
 	for range 2 {
 		select {
 		case err := <-gamma.done:
-			if err == nil || !strings.Contains(err.Error(), "was removed from cluster") {
+			if !errors.Is(err, ErrRemoved) || !strings.Contains(err.Error(), "was removed from cluster") {
 				t.Errorf("the removed node ended with %v", err)
 			}
 		case <-time.After(60 * time.Second):

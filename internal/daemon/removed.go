@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -17,6 +18,10 @@ const (
 	// others: nobody tells a node that is removed, the leader only falls silent.
 	leaderless = 5 * time.Second
 )
+
+// ErrRemoved is returned (wrapped) by Run when the node is no member any more:
+// to start it again would end in the same way.
+var ErrRemoved = errors.New("this node is no member any more")
 
 // runMembership stops the daemon when the node was removed from the cluster, or
 // another data_dir was put in its place: what it would serve is the cluster's no
@@ -40,8 +45,8 @@ func (d *Daemon) runMembership(ctx context.Context) {
 		case time.Since(since) < leaderless || !d.othersKnowUsNot(ctx):
 			continue
 		}
-		d.fail(fmt.Errorf("node %s was removed from cluster %s, or replaced by another data_dir, and stops; to have it back: empty its data_dir %s, start blockstepd, then on a member: blockstep node add %s --address %s",
-			d.self, d.cfg.Cluster, d.cfg.DataDir, d.self, d.cfg.Self().Address))
+		d.fail(fmt.Errorf("%w: node %s was removed from cluster %s, or replaced by another data_dir, and stops; to have it back: empty its data_dir %s, start blockstepd, then on a member: blockstep node add %s --address %s",
+			ErrRemoved, d.self, d.cfg.Cluster, d.cfg.DataDir, d.self, d.cfg.Self().Address))
 		return
 	}
 }

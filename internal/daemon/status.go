@@ -225,7 +225,7 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 				out.Position = primary.positionAt(p.Matched)
 				out.Reason = relayedReason
 			}
-		} else {
+		} else if own.Reached {
 			out.State = control.CatchingUp
 		}
 		switch {
