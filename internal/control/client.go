@@ -54,6 +54,9 @@ func Dial(address string) (*Client, error) {
 	return &Client{address: address, http: &http.Client{Transport: transport}}, nil
 }
 
+// Local reports whether the daemon is one of this host.
+func (c *Client) Local() bool { return strings.HasPrefix(c.address, "unix://") }
+
 // Close drops idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
