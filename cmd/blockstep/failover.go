@@ -70,6 +70,10 @@ cannot be reached is not stopped by it: make sure that it is off.`,
 			if res.Lost != "" {
 				fmt.Fprintln(w, res.Lost)
 			}
+			// With too few copies it has a primary, and serves nobody.
+			if v, err := c.VolumeStatus(ctx, args[0]); err == nil && v.Health == control.Suspended {
+				reason(w, v)
+			}
 		})
 	})
 	return cmd

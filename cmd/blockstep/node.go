@@ -15,8 +15,7 @@ func (a *app) nodeCmd() *cobra.Command {
 	cmd := group(&cobra.Command{Use: "node", Short: "List and change the members of the cluster"})
 	cmd.AddCommand(
 		a.nodeListCmd(), a.nodeAddCmd(),
-		a.nodeChangeCmd("remove", "Remove a member that has no replica any more",
-			"Ends a member's membership: its daemon is told, says so in its log and stops, and\nits data directory is never used again. Refused while it holds a replica (drain it\nfirst), and where the members that are left would have no quorum.", "is removed"),
+		a.nodeRemoveCmd(),
 		a.nodeChangeCmd("replace", "Accept a member's empty data directory: it votes anew and its replicas are synced whole",
 			"For a member whose disk or machine was lost: start blockstepd there with an empty\ndata directory, then run this on another node. What the old one promised is\nforgotten with its id; its replicas are copied whole from the others.", "may join anew"),
 		a.nodeChangeCmd("drain", "Move primaries and then replicas away from a member",
@@ -79,6 +78,38 @@ func (a *app) nodeAddCmd() *cobra.Command {
 	})
 	return cmd
 }
+
+func (a *app) nodeRemoveCmd() *cobra.Command {
+	var r control.RemoveNode
+	yes := false
+	cmd := &cobra.Command{
+		Use: "remove NAME", Short: "Remove a member that has no replica any more, or is gone for good", Args: named("node", 1, 1),
+		Long: `Ends a member's membership: its daemon is told, says so in its log and stops, and
+its data directory is never used again. Refused while it holds a replica (drain it
+first), and where the members that are left would have no quorum.
+
+--force is for a node that is down and never comes back: its replicas are given
+up, where others are in sync. It is refused for a volume that would be lost, and
+says what to do about that one.`,
+	}
+	cmd.Flags().BoolVar(&r.Force, "force", false, "give the replicas of a dead node up")
+	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
+	sure := func(ctx context.Context, c *control.Client, args []string) error {
+		return a.confirm(yes, args[0], func() string {
+			return aboutNode(ctx, c, args[0]) + "\nThis ends its membership; its data directory is never used again."
+		})
+	}
+	cmd.RunE = a.askAfter(removeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
+		if err := c.RemoveNode(ctx, args[0], r); err != nil {
+			return err
+		}
+		return a.print(map[string]string{"node": args[0], "done": "remove"}, func(w io.Writer) { fmt.Fprintf(w, "node %s is removed\n", args[0]) })
+	})
+	return cmd
+}
+
+// removeTimeout leaves each of some volumes the time to change its in-sync set.
+const removeTimeout = 10 * time.Minute
 
 // drainTimeout is longer than copying any replica takes.
 const drainTimeout = 7 * 24 * time.Hour

@@ -247,9 +247,18 @@ func (c *Client) AddNode(ctx context.Context, r AddNode) error {
 	return c.do(ctx, http.MethodPost, "/v1/nodes", r, nil)
 }
 
-// ChangeNode does remove, replace or drain to a member.
+// ChangeNode does replace or drain to a member.
 func (c *Client) ChangeNode(ctx context.Context, node, verb string) error {
 	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/"+verb, nil, nil)
+}
+
+// RemoveNode ends a membership.
+func (c *Client) RemoveNode(ctx context.Context, node string, r RemoveNode) error {
+	var in any
+	if r != (RemoveNode{}) {
+		in = r // an older daemon knows no body
+	}
+	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/remove", in, nil)
 }
 
 // Reload has the daemon read its configuration again.

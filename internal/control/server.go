@@ -34,7 +34,7 @@ type Backend interface {
 
 	Nodes(ctx context.Context) ([]NodeStatus, error)
 	AddNode(ctx context.Context, r AddNode) error
-	RemoveNode(ctx context.Context, node string) error
+	RemoveNode(ctx context.Context, node string, r RemoveNode) error
 	ReplaceNode(ctx context.Context, node string) error
 	DrainNode(ctx context.Context, node string) error
 
@@ -106,7 +106,10 @@ func changing(mux *http.ServeMux, b Backend) {
 	})
 	post(mux, "POST /v1/reload", func(r *http.Request, _ struct{}) (any, error) { return b.Reload(r.Context()) })
 	post(mux, "POST /v1/nodes", func(r *http.Request, in AddNode) (any, error) { return nil, b.AddNode(r.Context(), in) })
-	for verb, f := range map[string]func(context.Context, string) error{"remove": b.RemoveNode, "replace": b.ReplaceNode, "drain": b.DrainNode} {
+	post(mux, "POST /v1/nodes/{name}/remove", func(r *http.Request, in RemoveNode) (any, error) {
+		return nil, b.RemoveNode(r.Context(), r.PathValue("name"), in)
+	})
+	for verb, f := range map[string]func(context.Context, string) error{"replace": b.ReplaceNode, "drain": b.DrainNode} {
 		post(mux, "POST /v1/nodes/{name}/"+verb, func(r *http.Request, _ struct{}) (any, error) {
 			return nil, f(r.Context(), r.PathValue("name"))
 		})

@@ -174,6 +174,13 @@ type AddNode struct {
 	Witness bool   `json:"witness,omitempty"`
 }
 
+// RemoveNode asks to end a membership.
+type RemoveNode struct {
+	// Force gives the replicas of a node up that is down, where others hold
+	// what they hold.
+	Force bool `json:"force,omitempty"`
+}
+
 // Finding is one thing that doctor looked at.
 type Finding struct {
 	Node  string `json:"node"`

@@ -140,17 +140,6 @@ func (b backend) AddNode(ctx context.Context, r control.AddNode) error {
 	return b.changeMember(ctx, memberCall{Verb: "add", Name: ident.Node(r.Name), Address: r.Address, RaftID: info.RaftID, Witness: r.Witness})
 }
 
-// RemoveNode implements control.Backend.
-func (b backend) RemoveNode(ctx context.Context, node string) error {
-	if err := b.ready(); err != nil {
-		return err
-	}
-	if err := b.checkNode(node); err != nil {
-		return err
-	}
-	return b.changeMember(ctx, memberCall{Verb: "remove", Name: ident.Node(node)})
-}
-
 // ReplaceNode implements control.Backend.
 func (b backend) ReplaceNode(ctx context.Context, node string) error {
 	if err := b.ready(); err != nil {

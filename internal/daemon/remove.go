@@ -1,0 +1,132 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft/state"
+)
+
+// RemoveNode implements control.Backend.
+func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNode) error {
+	if err := b.ready(); err != nil {
+		return err
+	}
+	if err := b.checkNode(node); err != nil {
+		return err
+	}
+	n := ident.Node(node)
+	up := n == b.d.self || b.d.linkUp(n)
+	holds := holdingsOf(b.d.state(), n)
+	switch {
+	case len(holds) > 0 && up:
+		next := fmt.Sprintf("run blockstep node drain %s first", node)
+		if r.Force {
+			next += ": --force is for a node that is gone"
+		}
+		return control.Errorf(control.CodeRefused, next, "%s is up and holds replicas of %s", node, holds.names())
+	case len(holds) > 0 && !r.Force:
+		return control.Errorf(control.CodeRefused,
+			fmt.Sprintf("start it, or run blockstep node drain %s where other nodes have room; if it is gone for good: blockstep node remove %s --force", node, node),
+			"%s is down and holds replicas that would be lost: %s", node, holds)
+	}
+	if err := holds.refuse(node); err != nil {
+		return err
+	}
+	for _, h := range holds {
+		if err := b.giveUp(ctx, h.volume, n); err != nil {
+			return err
+		}
+	}
+	return b.changeMember(ctx, memberCall{Verb: "remove", Name: n})
+}
+
+// giveUp takes a dead node's replica out of a volume.
+func (b backend) giveUp(ctx context.Context, sv *state.Volume, n ident.Node) error {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	if _, err := b.d.applyWhole(ctx, state.Command{RemoveReplica: &state.RemoveReplica{Volume: sv.ID, Node: n}}); err != nil {
+		return err
+	}
+	if err := b.d.awaitVolume(ctx, sv.ID, func(v *state.Volume) bool { return v.Replica(n) == nil }); err != nil {
+		return control.Errorf(control.CodeTimeout, "see blockstep status "+sv.Name+", then run this again", "the replica of %s on %s has not left the in-sync set yet: %v", sv.Name, n, err)
+	}
+	return nil
+}
+
+// holding is a replica on a node that is to go, and what would be left without.
+type holding struct {
+	volume *state.Volume
+	left   []ident.Node // other nodes in the in-sync set
+	block  string       // why it cannot be given up, and what to do; "" when it can
+}
+
+type holdings []holding
+
+func holdingsOf(st *state.State, n ident.Node) (out holdings) {
+	for _, v := range st.Live() {
+		if v.Replica(n) == nil {
+			continue
+		}
+		h := holding{volume: v}
+		for _, m := range v.InSync {
+			if m != n {
+				h.left = append(h.left, m)
+			}
+		}
+		switch {
+		case len(v.Replicas) == 1:
+			h.block = fmt.Sprintf("it is the only one: the volume would be gone with it (blockstep volume delete %s, if it is)", v.Name)
+		case len(h.left) == 0:
+			h.block = fmt.Sprintf("it is the only good one: start %s, or accept the loss with blockstep failover %s --force --accept-data-loss", n, v.Name)
+		case v.Primary == n:
+			h.block = fmt.Sprintf("it is the primary: run blockstep failover %s", v.Name)
+		case v.InSet(n) && len(h.left) < v.Options.MinCopies:
+			h.block = fmt.Sprintf("%d in sync would be left, and min_copies is %d: wait until another replica is in sync (blockstep status %s)", len(h.left), v.Options.MinCopies, v.Name)
+		}
+		out = append(out, h)
+	}
+	return out
+}
+
+func (hs holdings) names() string {
+	var out []string
+	for _, h := range hs {
+		out = append(out, h.volume.Name)
+	}
+	return strings.Join(out, ", ")
+}
+
+// String says what would be lost.
+func (hs holdings) String() string {
+	var out []string
+	for _, h := range hs {
+		if h.block != "" {
+			out = append(out, h.volume.Name+" ("+h.block+")")
+			continue
+		}
+		var left []string
+		for _, n := range h.left {
+			left = append(left, string(n))
+		}
+		out = append(out, fmt.Sprintf("%s (in sync on %s)", h.volume.Name, strings.Join(left, ", ")))
+	}
+	return strings.Join(out, ", ")
+}
+
+// refuse is an error when a volume would be lost; nothing is changed then.
+func (hs holdings) refuse(node string) error {
+	var bad holdings
+	for _, h := range hs {
+		if h.block != "" {
+			bad = append(bad, h)
+		}
+	}
+	if len(bad) == 0 {
+		return nil
+	}
+	return control.Errorf(control.CodeRefused, "do what stands beside it, then run this again", "%s cannot be removed without loss: its replica of %s", node, bad)
+}
