@@ -33,7 +33,7 @@ func TestScripts(t *testing.T) {
 			_, err := os.Stat("/sys/module/nbd")
 			return err == nil, nil
 		},
-		Cmds:  map[string]func(*testscript.TestScript, bool, []string){"code": codeCmd, "appendto": appendCmd, "schema": schemaCmd, "flip": flipCmd, "await": awaitCmd, "until": untilCmd},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"code": codeCmd, "appendto": appendCmd, "schema": schemaCmd, "flip": flipCmd, "await": awaitCmd, "until": untilCmd},
 	})
 }
 
