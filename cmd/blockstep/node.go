@@ -60,20 +60,44 @@ func (a *app) nodeListCmd() *cobra.Command {
 
 func (a *app) nodeAddCmd() *cobra.Command {
 	var r control.AddNode
+	var life time.Duration
 	cmd := &cobra.Command{
 		Use: "add NAME --address HOST:PORT", Short: "Add a member", Args: named("node", 1, 1),
-		Long: "Adds a member. Start blockstepd on it first, with an empty data directory and a\nconfiguration that lists all nodes, itself included: it waits to be added.",
+		Long: `Adds a member. Start blockstepd on it first, with an empty data directory and a
+configuration that lists all nodes, itself included: it waits to be added.
+
+With --token the order is the other one: it prints a token, good once, for that
+name and address, and for the time of --expires. The new node is given it as
+BLOCKSTEP_JOIN_TOKEN, or in the file that join.token_file names, and joins by
+itself when it is started. The daemon that made the token has to run then, and
+forgets it when it is restarted.`,
+		Example: "  blockstep node add delta --address 10.1.0.4:7700\n  blockstep node add delta --address 10.1.0.4:7700 --token --expires 24h",
 	}
 	cmd.Flags().StringVar(&r.Address, "address", "", "the node's HOST:PORT (required)")
 	cmd.Flags().BoolVar(&r.Witness, "witness", false, "it votes and stores nothing")
+	cmd.Flags().BoolVar(&r.Token, "token", false, "print a token with which it joins by itself")
+	cmd.Flags().DurationVar(&life, "expires", time.Hour, "with --token: how long it is good")
 	_ = cmd.MarkFlagRequired("address") // it is defined above
 	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		if cmd.Flags().Changed("expires") && !r.Token {
+			return control.Errorf(control.CodeUsage, "add --token, or leave it out", "--expires belongs to --token")
+		}
 		r.Name = args[0]
-		if err := c.AddNode(ctx, r); err != nil {
+		if r.Token {
+			r.TokenSeconds = int64(life / time.Second)
+		}
+		out, err := c.AddNode(ctx, r)
+		if err != nil {
 			return err
 		}
-		return a.print(r, func(w io.Writer) {
-			fmt.Fprintf(w, "node %s is a member; next: blockstep node list\n", r.Name)
+		return a.print(out, func(w io.Writer) {
+			if out.Token == "" {
+				fmt.Fprintf(w, "node %s is a member; next: blockstep node list\n", out.Name)
+				return
+			}
+			fmt.Fprintln(w, out.Token)
+			fmt.Fprintf(a.err, "good once, for node %s at %s, until %s\nnext, on %s: BLOCKSTEP_JOIN_TOKEN=%s in /etc/default/blockstepd, then start blockstepd\n",
+				out.Name, out.Address, out.Expires.Local().Format(time.DateTime), out.Name, out.Token)
 		})
 	})
 	return cmd

@@ -60,6 +60,8 @@ var abouts = map[string]about{
 	"raft.heartbeat":      {help: "silence after which a node looks for another Raft leader"},
 	"raft.election":       {help: "how long a candidate waits for votes"},
 	"attach.dead_timeout": {help: "how long the kernel holds the I/O of a device that no daemon serves; then it fails"},
+	"join.token":          {help: "token of blockstep node add --token, with which this node joins a running cluster; better in the environment or in a file"},
+	"join.token_file":     {help: "file with the token; it may be missing once the node is a member"},
 	"failover.auto":       {help: "replace a dead primary without an operator", live: true},
 }
 
@@ -191,4 +193,7 @@ func (c *Config) fill(l *loader) {
 		}
 	}
 	c.values["node"] = c.Node
+	if c.values["join.token"] != "" {
+		c.values["join.token"] = "(secret)"
+	}
 }

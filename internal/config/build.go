@@ -1,7 +1,9 @@
 package config
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"regexp"
@@ -65,6 +67,7 @@ func (l *loader) build() *Config {
 		Memory:       Memory{Volume: l.size("memory.volume"), NBD: l.size("memory.nbd"), NBDConnection: l.size("memory.nbd_connection")},
 		Raft:         Raft{Heartbeat: l.duration("raft.heartbeat"), Election: l.duration("raft.election")},
 		Attach:       Attach{DeadTimeout: l.duration("attach.dead_timeout")},
+		Join:         Join{Token: l.token()},
 		FailoverAuto: l.boolean("failover.auto"),
 	}
 	c.Node = l.nodeName(c.Nodes)
@@ -270,6 +273,28 @@ func (l *loader) mode(name string) os.FileMode {
 		l.fail(name, fmt.Sprintf("%q is not a file mode", s), "allowed are octal modes, for example 0660")
 	}
 	return os.FileMode(n)
+}
+
+// token is the join token, from wherever it is. A file that is gone is none: it
+// was used.
+func (l *loader) token() string {
+	token, file := l.str("join.token"), l.path("join.token_file")
+	if file == "" {
+		return token
+	}
+	if token != "" {
+		l.fail("join.token_file", "join.token is set too", "keep one of them")
+		return ""
+	}
+	if _, err := os.Stat(file); errors.Is(err, fs.ErrNotExist) {
+		return ""
+	}
+	raw, err := readFile(file)
+	if err != nil {
+		l.fail("join.token_file", err.Error(), "")
+		return ""
+	}
+	return strings.TrimSpace(string(raw))
 }
 
 func (l *loader) tls() TLS {

@@ -50,6 +50,7 @@ type Config struct {
 	Memory  Memory
 	Raft    Raft
 	Attach  Attach
+	Join    Join
 
 	FailoverAuto bool   // replace a dead primary without an operator
 	BootIDFile   string // its content changes with each boot of the machine
@@ -145,6 +146,9 @@ type Attach struct {
 	// daemon serves it; then the I/O fails.
 	DeadTimeout time.Duration
 }
+
+// Join is for a node that joins a running cluster.
+type Join struct{ Token string } // "" has none
 
 // Raft sets the pace of the cluster state's own heartbeat.
 type Raft struct {

@@ -79,6 +79,8 @@ var keys = []key{
 	{name: "raft.heartbeat", kind: kindDuration, def: "700ms", min: 20, max: 60_000},
 	{name: "raft.election", kind: kindDuration, def: "700ms", min: 20, max: 60_000},
 	{name: "attach.dead_timeout", kind: kindDuration, def: "10m", min: 1000, max: 24 * 3600_000},
+	{name: "join.token"},
+	{name: "join.token_file"},
 	{name: "failover.auto", kind: kindBool, def: "true"},
 }
 

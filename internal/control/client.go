@@ -242,9 +242,10 @@ func (c *Client) Nodes(ctx context.Context) (out []NodeStatus, err error) {
 	return out, c.do(ctx, http.MethodGet, "/v1/nodes", nil, &out)
 }
 
-// AddNode adds a member.
-func (c *Client) AddNode(ctx context.Context, r AddNode) error {
-	return c.do(ctx, http.MethodPost, "/v1/nodes", r, nil)
+// AddNode adds a member, or makes a token for one.
+func (c *Client) AddNode(ctx context.Context, r AddNode) (AddedNode, error) {
+	out := AddedNode{Name: r.Name, Address: r.Address, Witness: r.Witness} // an older daemon says nothing
+	return out, c.do(ctx, http.MethodPost, "/v1/nodes", r, &out)
 }
 
 // ChangeNode does replace or drain to a member.

@@ -33,7 +33,7 @@ type Backend interface {
 	Events(ctx context.Context, since string, follow bool, emit func(Event) error) error
 
 	Nodes(ctx context.Context) ([]NodeStatus, error)
-	AddNode(ctx context.Context, r AddNode) error
+	AddNode(ctx context.Context, r AddNode) (AddedNode, error)
 	RemoveNode(ctx context.Context, node string, r RemoveNode) error
 	ReplaceNode(ctx context.Context, node string) error
 	DrainNode(ctx context.Context, node string) error
@@ -105,7 +105,7 @@ func changing(mux *http.ServeMux, b Backend) {
 		return nil, b.Detach(r.Context(), r.PathValue("name"))
 	})
 	post(mux, "POST /v1/reload", func(r *http.Request, _ struct{}) (any, error) { return b.Reload(r.Context()) })
-	post(mux, "POST /v1/nodes", func(r *http.Request, in AddNode) (any, error) { return nil, b.AddNode(r.Context(), in) })
+	post(mux, "POST /v1/nodes", func(r *http.Request, in AddNode) (any, error) { return b.AddNode(r.Context(), in) })
 	post(mux, "POST /v1/nodes/{name}/remove", func(r *http.Request, in RemoveNode) (any, error) {
 		return nil, b.RemoveNode(r.Context(), r.PathValue("name"), in)
 	})

@@ -172,6 +172,19 @@ type AddNode struct {
 	Name    string `json:"name"`
 	Address string `json:"address"`
 	Witness bool   `json:"witness,omitempty"`
+	// Token asks for a token with which the node joins by itself within
+	// TokenSeconds, in the place of adding one that runs and waits.
+	Token        bool  `json:"token,omitempty"`
+	TokenSeconds int64 `json:"token_seconds,omitempty"`
+}
+
+// AddedNode is a new member, or one that may become it.
+type AddedNode struct {
+	Name    string     `json:"name"`
+	Address string     `json:"address"`
+	Witness bool       `json:"witness,omitempty"`
+	Token   string     `json:"token,omitempty"` // with it the node joins, once
+	Expires *time.Time `json:"expires,omitempty"`
 }
 
 // RemoveNode asks to end a membership.

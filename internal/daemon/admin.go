@@ -98,6 +98,9 @@ func (b backend) ready() error {
 		return nil
 	}
 	f := b.d.raft.Founding()
+	if why := b.d.joining.Load(); why != nil && !f.Done {
+		return *why
+	}
 	if f.Refused != nil {
 		return control.Errorf(control.CodeFailed, "", "%v", f.Refused)
 	}

@@ -13,6 +13,7 @@ func (d *Daemon) addCalls() {
 	handle(d.rpcd, "/node/v1/founding", func(context.Context, ident.Node, struct{}) (raft.FoundInfo, error) {
 		return d.raft.FoundInfo(), nil
 	})
+	handle(d.rpcd, "/node/v1/join", d.serveJoin)
 	handle(d.rpcd, "/node/v1/apply", d.serveApply)
 	handle(d.rpcd, "/node/v1/report", d.serveReport)
 	handle(d.rpcd, "/node/v1/seal", d.serveSeal)

@@ -492,7 +492,8 @@ func TestDrain(t *testing.T) {
 	delta.start()
 	defer delta.halt()
 	alpha.eventually(20*time.Second, "node add", func(ctx context.Context) error {
-		return alpha.client.AddNode(ctx, control.AddNode{Name: "delta", Address: address})
+		_, err := alpha.client.AddNode(ctx, control.AddNode{Name: "delta", Address: address})
+		return err
 	})
 	alpha.eventually(20*time.Second, "the link to delta", func(ctx context.Context) error {
 		list, err := alpha.client.Nodes(ctx)

@@ -68,8 +68,10 @@ type Daemon struct {
 	metrics  *metricsServer
 	local    *localEvents
 	remarks  chan state.Event
-	sockets  []Socket      // that systemd passes
-	current  chan struct{} // closed when the cluster state here is known to be no old one
+	sockets  []Socket // that systemd passes
+	invited  invitations
+	joining  atomic.Pointer[error] // why this node's token has not let it in yet
+	current  chan struct{}         // closed when the cluster state here is known to be no old one
 	resync   atomic.Pointer[config.Resync]
 	retune   chan struct{} // capacity 1: resync has changed
 	resized  chan struct{} // capacity 1: a volume may have grown
@@ -155,6 +157,9 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.wg.Go(func() { d.runVolumes(d.ctx) })
 	d.wg.Go(func() { d.runRemarks(d.ctx) })
 	d.wg.Go(func() { d.runMembership(d.ctx) })
+	if d.cfg.Join.Token != "" {
+		d.wg.Go(func() { d.runJoin(d.ctx) })
+	}
 	if err := d.openNBD(); err != nil {
 		return err
 	}

@@ -123,21 +123,25 @@ func (b backend) newcomer(ctx context.Context, name ident.Node, address string) 
 }
 
 // AddNode implements control.Backend.
-func (b backend) AddNode(ctx context.Context, r control.AddNode) error {
+func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedNode, error) {
+	out := control.AddedNode{Name: r.Name, Address: r.Address, Witness: r.Witness}
 	if err := b.ready(); err != nil {
-		return err
+		return out, err
 	}
 	if err := config.CheckName("node", r.Name); err != nil {
-		return control.Errorf(control.CodeUsage, "", "%v", err)
+		return out, control.Errorf(control.CodeUsage, "", "%v", err)
 	}
 	if _, _, err := config.SplitAddress(r.Address, false); err != nil {
-		return control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
+		return out, control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
+	}
+	if r.Token {
+		return b.invite(r)
 	}
 	info, err := b.newcomer(ctx, ident.Node(r.Name), r.Address)
 	if err != nil {
-		return err
+		return out, err
 	}
-	return b.changeMember(ctx, memberCall{Verb: "add", Name: ident.Node(r.Name), Address: r.Address, RaftID: info.RaftID, Witness: r.Witness})
+	return out, b.changeMember(ctx, memberCall{Verb: "add", Name: ident.Node(r.Name), Address: r.Address, RaftID: info.RaftID, Witness: r.Witness})
 }
 
 // ReplaceNode implements control.Backend.
