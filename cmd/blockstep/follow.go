@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -12,8 +14,12 @@ import (
 )
 
 const (
-	// followEvery is how often the primary is looked at.
-	followEvery = time.Second
+	// followEvery is how often the primary is looked at when no event says that
+	// something has changed: a volume that is suspended says nothing.
+	followEvery = 3 * time.Second
+	// followAgain is the pause before a command that failed, or a daemon that gave
+	// no answer, is tried again.
+	followAgain = time.Second
 	// followBlind is for how long the daemon may give no answer before this node
 	// counts as one that is not primary: longer than a restart takes.
 	followBlind = 15 * time.Second
@@ -36,17 +42,26 @@ func (a *app) followCmd() *cobra.Command {
 	return cmd
 }
 
-// follow compares what is with what was last acted on.
+// follow compares what is with what was last acted on, whenever something
+// happens to the volume.
 func (a *app) follow(ctx context.Context, c *control.Client, volume, start, stop string) error {
-	tick := time.NewTicker(followEvery)
-	defer tick.Stop()
-	acted, is := "", false
+	ctx, cancel := context.WithCancel(ctx)
+	news := make(chan struct{}, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() { runNews(ctx, c, volume, news) })
+	defer wg.Wait()
+	defer cancel()
+	acted, is, self := "", false, ""
 	seen := time.Now()
 	for {
-		if primary, err := primaryHere(ctx, c, volume); err == nil {
+		pause := followEvery
+		if primary, err := primaryHere(ctx, c, volume, &self); err == nil {
 			is, seen = primary, time.Now()
-		} else if time.Since(seen) > followBlind {
-			is = false
+		} else {
+			pause = followAgain
+			if time.Since(seen) > followBlind {
+				is = false
+			}
 		}
 		want := stop
 		if is {
@@ -55,32 +70,68 @@ func (a *app) follow(ctx context.Context, c *control.Client, volume, start, stop
 		if want != acted {
 			run := exec.CommandContext(ctx, "sh", "-c", want)
 			run.Stdout, run.Stderr = a.out, a.err
-			if err := run.Run(); err != nil {
+			if err := run.Run(); err != nil && ctx.Err() == nil {
 				fmt.Fprintf(a.err, "blockstep: %s: %v; trying again\n", want, err)
+				pause = followAgain
 			} else {
 				acted = want
 			}
 		}
+		timer := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
+			timer.Stop()
 			return nil
-		case <-tick.C:
+		case <-news:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// runNews says when something happened to a volume, until ctx ends. While the
+// daemon is away there is none.
+func runNews(ctx context.Context, c *control.Client, volume string, news chan<- struct{}) {
+	since := ""
+	for ctx.Err() == nil {
+		err := c.Follow(ctx, since, func() {}, func(e control.Event) error {
+			since = e.Cursor
+			if e.Volume == volume {
+				select {
+				case news <- struct{}{}:
+				default: // it has one waiting that covers this one
+				}
+			}
+			return nil
+		})
+		if refused := (*control.Error)(nil); errors.As(err, &refused) {
+			since = "" // of another daemon
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(followAgain):
 		}
 	}
 }
 
-// primaryHere asks the daemon whether its own node is the volume's primary.
-func primaryHere(ctx context.Context, c *control.Client, volume string) (bool, error) {
+// primaryHere asks the daemon whether its own node, whose name is kept in self,
+// is the volume's primary.
+func primaryHere(ctx context.Context, c *control.Client, volume string, self *string) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	s, err := c.Status(ctx)
+	if *self == "" {
+		s, err := c.Status(ctx)
+		if err != nil {
+			return false, err
+		}
+		*self = s.Node
+	}
+	v, err := c.VolumeStatus(ctx, volume)
+	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.CodeNotFound {
+		return false, nil
+	}
 	if err != nil {
 		return false, err
 	}
-	for _, v := range s.Volumes {
-		if v.Volume == volume {
-			return v.Primary == s.Node && v.Health != control.Suspended, nil
-		}
-	}
-	return false, nil
+	return v.Primary == *self && v.Health != control.Suspended, nil
 }
