@@ -14,7 +14,7 @@ import (
 
 func (a *app) volumeCmd() *cobra.Command {
 	cmd := group(&cobra.Command{Use: "volume", Short: "Create, list, resize and delete volumes"})
-	cmd.AddCommand(a.volumeCreateCmd(), a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd())
+	cmd.AddCommand(a.volumeCreateCmd(), a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd(), a.volumeSetCmd())
 	return cmd
 }
 
@@ -154,4 +154,46 @@ func (a *app) volumeResizeCmd() *cobra.Command {
 			return a.print(v, func(w io.Writer) { fmt.Fprintf(w, "volume %s has %s\n", v.Volume, config.FormatSize(v.Size)) })
 		}),
 	}
+}
+
+func (a *app) volumeSetCmd() *cobra.Command {
+	var copies int
+	var most, least string
+	cmd := &cobra.Command{
+		Use: "set NAME", Short: "Change options of a volume, online", Args: named("volume", 1, 1),
+		Long: `Changes what is given, and leaves the rest.
+
+--min-copies is the fewest in-sync replicas that writes go on with. With fewer the
+volume holds its I/O; to have it go on on the one copy that is left, set it to 1.`,
+		Example: "  blockstep volume set db --min-copies 1\n  blockstep volume set db --resync-rate-max 50MiB",
+	}
+	f := cmd.Flags()
+	f.IntVar(&copies, "min-copies", 0, "fewest in-sync replicas that writes go on with")
+	f.StringVar(&most, "resync-rate-max", "", "ceiling of a resync, bytes a second; 0: as the nodes are configured")
+	f.StringVar(&least, "resync-rate-min", "", "what a resync gets beside client I/O, bytes a second; 0: as the nodes are configured")
+	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
+		var r control.SetOptions
+		if f.Changed("min-copies") {
+			r.MinCopies = &copies
+		}
+		for flag, to := range map[string]**int64{"resync-rate-max": &r.ResyncRateMax, "resync-rate-min": &r.ResyncRateMin} {
+			if !f.Changed(flag) {
+				continue
+			}
+			n, err := parseSize(f.Lookup(flag).Value.String())
+			if err != nil {
+				return err
+			}
+			*to = &n
+		}
+		if r == (control.SetOptions{}) {
+			return control.Errorf(control.CodeUsage, "give --min-copies, --resync-rate-max or --resync-rate-min", "there is nothing to set")
+		}
+		v, err := c.SetOptions(ctx, args[0], r)
+		if err != nil {
+			return err
+		}
+		return a.print(v, func(w io.Writer) { volumeDetail(w, v) })
+	})
+	return cmd
 }

@@ -183,6 +183,11 @@ func (c *Client) ResizeVolume(ctx context.Context, volume string, r Resize) (out
 	return out, c.do(ctx, http.MethodPost, volumePath(volume, "resize"), r, &out)
 }
 
+// SetOptions changes options of a volume.
+func (c *Client) SetOptions(ctx context.Context, volume string, r SetOptions) (out VolumeStatus, err error) {
+	return out, c.do(ctx, http.MethodPost, volumePath(volume, "options"), r, &out)
+}
+
 // Switchover returns when the new primary serves.
 func (c *Client) Switchover(ctx context.Context, volume string, r Switchover) (out VolumeStatus, err error) {
 	return out, c.do(ctx, http.MethodPost, volumePath(volume, "switchover"), r, &out)

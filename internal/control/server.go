@@ -23,6 +23,7 @@ type Backend interface {
 	CreateVolume(ctx context.Context, r CreateVolume) (VolumeStatus, error)
 	DeleteVolume(ctx context.Context, volume string) error
 	ResizeVolume(ctx context.Context, volume string, r Resize) (VolumeStatus, error)
+	SetOptions(ctx context.Context, volume string, r SetOptions) (VolumeStatus, error)
 	Switchover(ctx context.Context, volume string, r Switchover) (VolumeStatus, error)
 	Failover(ctx context.Context, volume string, r Failover) (FailoverResult, error)
 	Invalidate(ctx context.Context, volume string, r Invalidate) error
@@ -88,6 +89,9 @@ func changing(mux *http.ServeMux, b Backend) {
 	})
 	post(mux, "POST /v1/volumes/{name}/resize", func(r *http.Request, in Resize) (any, error) {
 		return b.ResizeVolume(r.Context(), r.PathValue("name"), in)
+	})
+	post(mux, "POST /v1/volumes/{name}/options", func(r *http.Request, in SetOptions) (any, error) {
+		return b.SetOptions(r.Context(), r.PathValue("name"), in)
 	})
 	post(mux, "POST /v1/volumes/{name}/switchover", func(r *http.Request, in Switchover) (any, error) {
 		return b.Switchover(r.Context(), r.PathValue("name"), in)

@@ -116,6 +116,13 @@ type CreateVolume struct {
 	MinCopy  int               `json:"min_copies,omitempty"`
 }
 
+// SetOptions changes options of a volume; what is left out stays.
+type SetOptions struct {
+	MinCopies     *int   `json:"min_copies,omitempty"`
+	ResyncRateMax *int64 `json:"resync_rate_max,omitempty"` // bytes a second; 0: as the nodes are configured
+	ResyncRateMin *int64 `json:"resync_rate_min,omitempty"` // bytes a second; 0: as the nodes are configured
+}
+
 // Resize asks for another size.
 type Resize struct {
 	Size int64 `json:"size"` // bytes

@@ -369,6 +369,30 @@ func (b backend) ResizeVolume(ctx context.Context, name string, r control.Resize
 	return b.VolumeStatus(ctx, name)
 }
 
+// SetOptions implements control.Backend.
+func (b backend) SetOptions(ctx context.Context, name string, r control.SetOptions) (control.VolumeStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return control.VolumeStatus{}, err
+	}
+	if r == (control.SetOptions{}) {
+		return control.VolumeStatus{}, control.Errorf(control.CodeUsage, "see blockstep volume set --help", "there is nothing to set")
+	}
+	if _, err := b.d.applyWhole(ctx, state.Command{SetOptions: &state.SetOptions{
+		Volume: sv.ID, MinCopies: r.MinCopies, ResyncRateMax: r.ResyncRateMax, ResyncRateMin: r.ResyncRateMin,
+	}}); err != nil {
+		return control.VolumeStatus{}, err
+	}
+	want := func(o state.Options) bool {
+		return (r.MinCopies == nil || o.MinCopies == *r.MinCopies) && (r.ResyncRateMax == nil || o.ResyncRateMax == *r.ResyncRateMax) &&
+			(r.ResyncRateMin == nil || o.ResyncRateMin == *r.ResyncRateMin)
+	}
+	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool { return want(v.View.Options) })
+	return b.VolumeStatus(ctx, name)
+}
+
 // Switchover implements control.Backend.
 func (b backend) Switchover(ctx context.Context, name string, r control.Switchover) (control.VolumeStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
