@@ -212,7 +212,7 @@ func TestSchemasAreUsed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A kernel device needs the nbd module: e2e/kernel prints them.
+	// A kernel device needs the nbd module: TestAttachVerbs.
 	elsewhere := []string{"attachment", "detached", "node"}
 	for name := range all {
 		if !bytes.Contains(table, []byte("("+name+".json)")) {
