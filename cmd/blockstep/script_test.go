@@ -60,7 +60,7 @@ func setUp(env *testscript.Env) error {
 		}
 		sock := filepath.Join(env.WorkDir, n+".adm")
 		text := fmt.Sprintf("cluster: script\nnode: %s\ndata_dir: %s\nnodes:\n%snbd: {listen: [\"unix://%s\"]}\nadmin: {listen: \"unix://%s\"}\n",
-			n, filepath.Join(env.WorkDir, n), members, filepath.Join(env.WorkDir, n+".nbd"), sock)
+			n, filepath.Join(env.WorkDir, n), members, filepath.Join(env.WorkDir, n+"-run", "nbd"), sock)
 		if err := os.WriteFile(filepath.Join(env.WorkDir, n+".yaml"), []byte(text), 0o600); err != nil {
 			return err
 		}

@@ -16,7 +16,6 @@ import (
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
-	"github.com/blockstep/blockstep/nbd"
 	"github.com/blockstep/blockstep/raft/state"
 )
 
@@ -45,7 +44,7 @@ type adminServer struct {
 
 func (d *Daemon) openAdmin() error {
 	l := d.cfg.Admin.Listen
-	ln, err := nbd.Listen(l.String(), nbd.SocketOptions{Mode: l.Mode, Group: l.Group})
+	ln, err := listenOn(l)
 	if err != nil {
 		return listenError("admin.listen", l.String(), err)
 	}

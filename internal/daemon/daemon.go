@@ -223,6 +223,8 @@ func listenError(key, address string, err error) error {
 		next = "stop the process that uses it (ss -ltnp shows it), or choose another address"
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		next = "it is no address of this host: correct node or the address"
+	case errors.Is(err, syscall.ENOENT):
+		next = "make its directory, or choose another path"
 	case errors.Is(err, syscall.EACCES):
 		next = "choose a port above 1023, or a directory that this user may write"
 	}

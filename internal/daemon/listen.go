@@ -3,6 +3,8 @@ package daemon
 import (
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -73,7 +75,7 @@ func (d *Daemon) openNBD() error {
 		if l.Network == "fd" {
 			return fmt.Errorf("nbd.listen: %s: systemd passes no such socket%s; set FileDescriptorName=%s in the socket unit, and start the daemon by it", l, passed(d.sockets), l.Address)
 		}
-		ln, err := nbd.Listen(l.String(), nbd.SocketOptions{Mode: l.Mode, Group: l.Group})
+		ln, err := listenOn(l)
 		if err != nil {
 			return listenError("nbd.listen", l.String(), err)
 		}
@@ -150,4 +152,13 @@ func passed(sockets []Socket) string {
 		names = append(names, s.Name)
 	}
 	return ", only " + strings.Join(names, ", ")
+}
+
+// listenOn listens on an address of this host. The directory of a unix socket is
+// made when only it is missing: /run/blockstep is, where no systemd has made it.
+func listenOn(l config.Listener) (net.Listener, error) {
+	if l.Network == "unix" {
+		_ = os.Mkdir(filepath.Dir(l.Address), 0o755) // where it fails, listening says why
+	}
+	return nbd.Listen(l.String(), nbd.SocketOptions{Mode: l.Mode, Group: l.Group})
 }
