@@ -49,7 +49,13 @@ or recover the one with the highest Raft index alone and replace the others.`,
 			return err
 		}
 		if !yes {
-			recoveryText(a.err, look, "would be")
+			if a.json {
+				if err := a.print(look, nil); err != nil {
+					return err
+				}
+			} else {
+				recoveryText(a.err, look, "would be")
+			}
 			if !a.terminal(a.in, a.err) {
 				return control.Errorf(control.CodeRefused, "make sure that the lost nodes are off, then add --yes", "nothing was done")
 			}
