@@ -123,6 +123,8 @@ func TestJudge(t *testing.T) {
 		r.Core.Peers = []core.PeerStatus{{Node: "beta", State: beta, LagBytes: 77}, {Node: "gamma", State: gamma}}
 		return r
 	}
+	unheard := serving
+	unheard.Core.Peers = serving.Core.Peers[1:]
 	suspended := serving
 	suspended.Core.Suspended = true
 	for _, tc := range []struct {
@@ -139,6 +141,22 @@ func TestJudge(t *testing.T) {
 			"one is dead",
 			map[ident.Node]volumeReport{"alpha": peers("Absent", "InSync"), "gamma": up},
 			"", control.Degraded, "InSync Absent InSync", "beta is Absent", "start blockstepd on beta, or check its network",
+		},
+		{
+			"one was never heard, and is dead",
+			map[ident.Node]volumeReport{"alpha": unheard, "gamma": up},
+			"", control.Degraded, "InSync Absent InSync", "beta is Absent", "start blockstepd on beta, or check its network",
+		},
+		{
+			"one is being prepared",
+			map[ident.Node]volumeReport{"alpha": unheard, "beta": {Reached: true, Open: true, Prepare: "it is being zeroed"}, "gamma": up},
+			"", control.Degraded, "InSync CatchingUp InSync", "beta is CatchingUp (it is being zeroed)", "wait: it comes back by itself (blockstep wait db --for healthy)",
+		},
+		{
+			"a device is busy",
+			map[ident.Node]volumeReport{"alpha": unheard, "beta": {Reached: true, Open: true, Problem: devicePrefix + "/dev/sdb: it is in use"}, "gamma": up},
+			"", control.Degraded, "InSync Failed InSync", "beta is Failed (backing device /dev/sdb: it is in use)",
+			"see to the device on beta: it is tried again by itself (blockstep wait db --for healthy)",
 		},
 		{
 			"one catches up",
