@@ -235,7 +235,11 @@ func (d *Daemon) examOther(ctx context.Context, n ident.Node, own doctorReport) 
 	for _, key := range slices.Sorted(maps.Keys(own.Shared)) {
 		if theirs, ok := r.Shared[key]; ok && theirs != own.Shared[key] {
 			agree = false
-			e.add("configuration", control.FindingBad, "write the same on all nodes, then blockstep reload or a restart", "%s is %q, on %s %q", key, theirs, d.self, own.Shared[key])
+			state := control.FindingBad
+			if key == "nodes" {
+				state = control.FindingWarn // after the founding the cluster state has them
+			}
+			e.add("configuration", state, "write the same on all nodes, then blockstep reload or a restart", "%s is %q, on %s %q", key, theirs, d.self, own.Shared[key])
 		}
 	}
 	if agree {
