@@ -32,6 +32,9 @@ const (
 	// everywhereTime is how long a change is waited for on the other nodes that
 	// are up.
 	everywhereTime = 3 * time.Second
+	// invalidateAsk is how long the node of a replica may take to give it up: the
+	// change of the cluster state, and no more.
+	invalidateAsk = 10 * time.Second
 	// adminStopTime is what a stopping admin server gives its requests.
 	adminStopTime = 2 * time.Second
 )
@@ -481,7 +484,7 @@ func (b backend) checkTarget(sv *state.Volume, node string) error {
 			on = append(on, string(r.Node))
 		}
 		return control.Errorf(control.CodeRefused, "its replicas are on "+strings.Join(on, ", "), "%s has no replica on %s", sv.Name, node)
-	case n != b.d.self && !b.d.linkUp(n):
+	case !b.d.nodeUp(n):
 		return control.Errorf(control.CodeRefused, "leave --to out, or start blockstepd there", "%s is not up", node)
 	}
 	return nil
@@ -501,7 +504,9 @@ func (b backend) Invalidate(ctx context.Context, name string, r control.Invalida
 	if ident.Node(r.Node) == b.d.self {
 		return b.d.invalidateHere(ctx, sv)
 	}
-	err = b.d.rpc.call(ctx, ident.Node(r.Node), "/node/v1/invalidate", volumeCall{sv.ID}, nil)
+	ask, cancelAsk := context.WithTimeout(ctx, invalidateAsk)
+	defer cancelAsk()
+	err = b.d.rpc.call(ask, ident.Node(r.Node), "/node/v1/invalidate", volumeCall{sv.ID}, nil)
 	var e *control.Error
 	if err != nil && !errors.As(err, &e) {
 		return control.Errorf(control.CodeFailed, "start blockstepd on "+r.Node, "%s cannot be asked: %v", r.Node, err)

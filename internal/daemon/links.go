@@ -110,6 +110,20 @@ func (d *Daemon) setUp(n ident.Node, up bool) {
 	}
 }
 
+// nodeUp reports whether a node is this one, or was heard lately: a process that
+// stands still keeps its link.
+func (d *Daemon) nodeUp(n ident.Node) bool {
+	if n == d.self {
+		return true
+	}
+	for _, l := range d.links.Status() {
+		if l.Node == n {
+			return l.Connected && l.Heard
+		}
+	}
+	return false
+}
+
 func (d *Daemon) linkUp(n ident.Node) bool {
 	d.vmu.RLock()
 	defer d.vmu.RUnlock()

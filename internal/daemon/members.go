@@ -64,7 +64,7 @@ func (d *Daemon) quorumWithout(gone ident.Node) string {
 			continue
 		}
 		left = append(left, string(name))
-		if name != d.self && !d.linkUp(name) {
+		if !d.nodeUp(name) {
 			down = append(down, string(name))
 		}
 	}
@@ -261,7 +261,7 @@ func (d *Daemon) roomFor(sv *state.Volume) ident.Node {
 	var best ident.Node
 	fewest := 0
 	for _, name := range st.NodeNames() {
-		if st.Nodes[name].Witness || sv.Replica(name) != nil || (name != d.self && !d.linkUp(name)) {
+		if st.Nodes[name].Witness || sv.Replica(name) != nil || !d.nodeUp(name) {
 			continue
 		}
 		has := 0

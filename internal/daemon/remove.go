@@ -19,7 +19,7 @@ func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNo
 		return err
 	}
 	n := ident.Node(node)
-	up := n == b.d.self || b.d.linkUp(n)
+	up := b.d.nodeUp(n)
 	holds := holdingsOf(b.d.state(), n)
 	switch {
 	case len(holds) > 0 && up:
