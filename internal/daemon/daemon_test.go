@@ -148,17 +148,6 @@ func TestJudge(t *testing.T) {
 			"", control.Degraded, "InSync Absent InSync", "beta is Absent", "start blockstepd on beta, or check its network",
 		},
 		{
-			"one is being prepared",
-			map[ident.Node]volumeReport{"alpha": unheard, "beta": {Reached: true, Open: true, Prepare: "it is being zeroed"}, "gamma": up},
-			"", control.Degraded, "InSync CatchingUp InSync", "beta is CatchingUp (it is being zeroed)", "wait: it comes back by itself (blockstep wait db --for healthy)",
-		},
-		{
-			"a device is busy",
-			map[ident.Node]volumeReport{"alpha": unheard, "beta": {Reached: true, Open: true, Problem: devicePrefix + "/dev/sdb: it is in use"}, "gamma": up},
-			"", control.Degraded, "InSync Failed InSync", "beta is Failed (backing device /dev/sdb: it is in use)",
-			"see to the device on beta: it is tried again by itself (blockstep wait db --for healthy)",
-		},
-		{
 			"one catches up",
 			map[ident.Node]volumeReport{"alpha": peers("CatchingUp", "InSync"), "beta": up, "gamma": up},
 			"", control.Degraded, "InSync CatchingUp InSync", "beta is CatchingUp", "wait: it comes back by itself (blockstep wait db --for healthy)",
