@@ -43,6 +43,7 @@ type conn struct {
 	in       *buf.Buf // the reader's buffer: see reader.go
 	inStart  int
 	inEnd    int
+	lean     bool // the last payload was large: little is read ahead of the next
 
 	out replyWriter // owned by whoever holds the writer's role
 

@@ -63,6 +63,11 @@ const (
 	// readBufferMin holds a header and a 4 KiB write; idle connections keep
 	// no more than this.
 	readBufferMin = 16 << 10
+	// A payload of leanPayload bytes and more is read straight to its place but
+	// for what came with its header: at most leanRead bytes of it, which are
+	// copied.
+	leanPayload = 64 << 10
+	leanRead    = 4 << 10
 
 	// lingerMax is how long a connection that the server ends waits for the
 	// client to take the last answers.

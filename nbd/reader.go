@@ -171,6 +171,7 @@ func (c *conn) filter(q *request, list []byte) error {
 // payload returns the next n bytes in a buffer of their own. A large buffer is
 // not given for the claim but for bytes that arrive.
 func (c *conn) payload(n int) (*buf.Buf, error) {
+	c.lean = n >= leanPayload
 	p := buf.Get(min(n, payloadClaimMax))
 	got := copy(p.B, c.in.B[c.inStart:c.inEnd])
 	c.inStart += got
@@ -217,7 +218,11 @@ func (c *conn) fill(n int, within bool) error {
 	}
 	for c.inEnd < n {
 		c.midRequest.Store(within || c.inEnd > 0)
-		m, err := c.source.Read(c.in.B[c.inEnd:])
+		end := len(c.in.B)
+		if c.lean {
+			end = min(end, max(n, c.inEnd+leanRead))
+		}
+		m, err := c.source.Read(c.in.B[c.inEnd:end])
 		c.inEnd += m
 		c.readBytes.Add(uint64(m))
 		if err != nil && c.inEnd < n {

@@ -364,12 +364,18 @@ func (c *Conn) Close() error {
 	return err
 }
 
+// begin counts one more user, but none once it is closed: the last one that ends
+// gives the descriptor back, and that happens once.
 func (c *Conn) begin() bool {
-	if c.refs.Add(1)&closedBit != 0 {
-		c.end()
-		return false
+	for {
+		n := c.refs.Load()
+		if n&closedBit != 0 {
+			return false
+		}
+		if c.refs.CompareAndSwap(n, n+1) {
+			return true
+		}
 	}
-	return true
 }
 
 func (c *Conn) end() {

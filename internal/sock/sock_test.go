@@ -275,3 +275,38 @@ func TestRawWritesWaitForRoom(t *testing.T) {
 		}
 	})
 }
+
+// Who comes after the end finds it, and takes nothing away from a Conn that has
+// the same descriptors by then.
+func TestUseAfterCloseTakesNothingAway(t *testing.T) {
+	each(t, func(t *testing.T, _ net.Conn, c *Conn) {
+		_ = c.Close()
+		d, a := pair(t, "tcp")
+		next := Take(a, Client)
+		if next == nil {
+			t.Fatal("not taken")
+		}
+		b := make([]byte, 1)
+		for range 3 {
+			if _, err := c.Read(b); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Read after Close: %v", err)
+			}
+			if err := c.SetReadDeadline(time.Unix(1, 0)); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("SetReadDeadline after Close: %v", err)
+			}
+			if err := c.Raw().Control(func(uintptr) {}); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Control after Close: %v", err)
+			}
+			_ = c.Close()
+		}
+		if _, err := d.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := next.Read(b); n != 1 || err != nil {
+			t.Errorf("the next connection reads %d bytes, %v", n, err)
+		}
+		if err := next.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -30,6 +30,9 @@ const (
 	// into its own buffer; less than that is cheaper to read along with what
 	// follows it and to copy.
 	directRead = 32 << 10
+	// leanAhead is what is read beyond what is asked for after a large payload:
+	// headers, and not much of the next payload, which would have to be copied.
+	leanAhead = 4 << 10
 	// keepEntries is the capacity up to which a recycled message keeps its
 	// slice of entries or blocks, so that a rare large one is not kept for ever.
 	keepEntries = 256

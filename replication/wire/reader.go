@@ -14,8 +14,11 @@ type Reader struct {
 	know Versions
 	buf  []byte
 	r, w int // buf[r:w] is read and not taken
-	list []payload
-	n    uint64
+	// ahead is how much may be read that nobody has asked for. After a large
+	// payload it is little: the next one then comes straight to its place.
+	ahead int
+	list  []payload
+	n     uint64
 }
 
 // NewReader returns a Reader of src. It reads ahead, so nobody else may read
@@ -25,7 +28,7 @@ func NewReader(src io.Reader) *Reader { return NewReaderOf(src, Known()) }
 // NewReaderOf is NewReader for frames of certain versions only: those of a link
 // whose ends have agreed on one.
 func NewReaderOf(src io.Reader, versions Versions) *Reader {
-	return &Reader{src: src, know: versions, buf: make([]byte, readBuffer)}
+	return &Reader{src: src, know: versions, buf: make([]byte, readBuffer), ahead: readBuffer}
 }
 
 // Bytes returns how many bytes of frames Next has taken.
@@ -60,6 +63,7 @@ func (r *Reader) Next(e *Envelope) error {
 		return err
 	}
 	r.r += len(frame)
+	r.ahead = readBuffer
 	*e = Envelope{Volume: h.volume, Msg: m}
 	if len(list) > 0 {
 		if err := r.payloads(m); err != nil {
@@ -128,6 +132,9 @@ func (r *Reader) payloads(m Message) error {
 }
 
 func (r *Reader) payload(size int, sum uint32) (*buf.Buf, error) {
+	if size >= 2*directRead {
+		r.ahead = leanAhead
+	}
 	p := buf.Get(size)
 	if err := r.readFull(p.B); err != nil {
 		p.Release()
@@ -173,7 +180,7 @@ func (r *Reader) fill(n int) error {
 		r.buf = grown
 	}
 	for r.w < n {
-		k, err := r.src.Read(r.buf[r.w:])
+		k, err := r.src.Read(r.buf[r.w:min(len(r.buf), max(n, r.w+r.ahead))])
 		r.w += k
 		if r.w >= n {
 			return nil
