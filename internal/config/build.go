@@ -91,7 +91,8 @@ func (l *loader) checkWhole(c *Config) {
 	if c.BootIDFile == "" {
 		l.fail("boot_id_file", "is empty", "leave it out to use the kernel's, /proc/sys/kernel/random/boot_id")
 	}
-	if c.Volume.Lease < 3*c.Volume.Heartbeat {
+	// 0 is what is no duration, and was said.
+	if c.Volume.Lease > 0 && c.Volume.Lease < 3*c.Volume.Heartbeat {
 		l.fail("volume.lease", fmt.Sprintf("%v is less than three heartbeats of %v", c.Volume.Lease, c.Volume.Heartbeat), "a lease that one lost heartbeat ends would stop I/O; raise volume.lease or lower volume.heartbeat")
 	}
 	if r := c.Resync; r.RateMax != 0 && r.RateMin > r.RateMax {
