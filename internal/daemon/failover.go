@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
@@ -140,6 +141,12 @@ func (d *Daemon) operateOnce(ctx context.Context, c operatorCall) (reply operato
 }
 
 func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall) (reply operatorReply, _ error) {
+	// The leader is who seals the target: one that it does not hear would cost
+	// the clients some epochs, and then be refused as behind.
+	if v := d.state().Volumes[c.Volume]; c.Switchover && v != nil && v.Primary != c.To && v.Replica(c.To) != nil && !d.nodeUp(c.To) {
+		reply.Err = fmt.Sprintf("%s is not up, as the Raft leader %s sees it: start blockstepd there, or choose another of %v", c.To, d.self, v.InSync)
+		return reply, nil
+	}
 	var err error
 	if c.Switchover {
 		err = d.failover.Switchover(ctx, c.Volume, c.To)
