@@ -120,7 +120,7 @@ func systemdImage(t *testing.T) *image {
 	run(t, "", "chroot", root, "systemctl", "-q", "mask", "serial-getty@ttyS1.service", "getty@tty1.service", "apt-daily.timer", "apt-daily-upgrade.timer", "systemd-timesyncd.service")
 	i := &image{kernel: images[0], initrd: filepath.Join(work, "systemd-initrd"), disk: filepath.Join(work, "debian-disk")}
 	first := filepath.Join(work, "systemd-first")
-	makeDirs(t, first, "bin", "sbin", "proc", "sys", "dev", "root")
+	makeDirs(t, first, "bin", "sbin", "proc", "sys", "dev", "sysroot")
 	installBusybox(t, first)
 	copyModules(t, kernel, first, bootModules)
 	raw, err := guest.ReadFile("guest/initrd")
@@ -131,7 +131,7 @@ func systemdImage(t *testing.T) *image {
 	if !ok {
 		t.Fatal("guest/initrd has no switch_root")
 	}
-	writeFile(t, strings.NewReader(text+"exec switch_root /root /sbin/init\n"), filepath.Join(first, "init"), 0o755)
+	writeFile(t, strings.NewReader(text+"exec switch_root /sysroot /sbin/init\n"), filepath.Join(first, "init"), 0o755)
 	run(t, first, "sh", "-c", `find . | cpio -o -H newc --quiet >"$1"`, "sh", i.initrd)
 	f, err := os.Create(i.disk)
 	if err != nil {

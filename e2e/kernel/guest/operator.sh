@@ -8,7 +8,7 @@ start_all
 must modprobe nbd nbds_max=2
 must modprobe xfs
 on alpha volume create db --size 96MiB
-on alpha volume create raw --size 32MiB
+on alpha volume create raw --size 16MiB
 healthy alpha db
 healthy alpha raw
 on alpha switchover db --to alpha
@@ -33,17 +33,17 @@ more() { [ "$(stored $1)" -ge $2 ]; }
 less() { [ "$(stored $1)" -lt $2 ]; }
 # sum FILE SKIP COUNT, in MiB.
 sum() { dd if=$1 bs=1M skip=$2 count=$3 2>/dev/null | md5sum; }
-must sh -c 'yes 0123456789abcde | dd of=/dev/nbd7 bs=1M count=24 iflag=fullblock conv=fsync 2>/dev/null'
-must /bin/blkdiscard -z -o 4194304 -l 8388608 /dev/nbd7
+must sh -c 'yes 0123456789abcde | dd of=/dev/nbd7 bs=1M count=12 iflag=fullblock conv=fsync 2>/dev/null'
+must /bin/blkdiscard -z -o 4194304 -l 4194304 /dev/nbd7
 echo 3 >/proc/sys/vm/drop_caches
-must test "$(sum /dev/nbd7 4 8)" = "$(sum /dev/zero 0 8)"
+must test "$(sum /dev/nbd7 4 4)" = "$(sum /dev/zero 0 4)"
 must test "$(sum /dev/nbd7 3 1)" = "$(yes 0123456789abcde | dd bs=1M count=1 iflag=fullblock 2>/dev/null | md5sum)"
-must test "$(sum /dev/nbd7 12 1)" = "$(sum /dev/nbd7 3 1)"
+must test "$(sum /dev/nbd7 8 1)" = "$(sum /dev/nbd7 3 1)"
 for n in alpha beta gamma; do
-	until_done 60 more $n 16384 || fail "the replicas on $n take $(stored $n) KiB"
+	until_done 60 more $n 8192 || fail "the replicas on $n take $(stored $n) KiB"
 done
 must /bin/blkdiscard /dev/nbd7
-must test "$(sum /dev/nbd7 0 32)" = "$(sum /dev/zero 0 32)"
+must test "$(sum /dev/nbd7 0 16)" = "$(sum /dev/zero 0 16)"
 for n in alpha beta gamma; do
 	until_done 60 less $n 1024 || fail "after blkdiscard the replicas on $n take $(stored $n) KiB"
 done
@@ -51,14 +51,14 @@ done
 make_xfs /dev/nbd0
 mkdir -p /mnt/db
 must mount -t xfs /dev/nbd0 /mnt/db
-must dd if=/dev/urandom of=/mnt/db/large bs=1M count=16 conv=fsync 2>/dev/null
+must dd if=/dev/urandom of=/mnt/db/large bs=1M count=6 conv=fsync 2>/dev/null
 must rm /mnt/db/large
 must sync
 must /bin/fstrim -v /mnt/db
 must umount /mnt/db
 must /bin/mke2fs -q -t ext4 /dev/nbd0 48M
 must mount -t ext4 /dev/nbd0 /mnt/db
-must dd if=/dev/urandom of=/mnt/db/large bs=1M count=16 conv=fsync 2>/dev/null
+must dd if=/dev/urandom of=/mnt/db/large bs=1M count=6 conv=fsync 2>/dev/null
 must rm /mnt/db/large
 must sync
 must /bin/fstrim -v /mnt/db
