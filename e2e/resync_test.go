@@ -139,6 +139,29 @@ func TestInvalidate(t *testing.T) {
 	c.replicasEqual("db")
 }
 
+// TestInvalidateWithoutPrimary: what may be the best replica that is left is not
+// given up while there is nobody to copy from.
+func TestInvalidateWithoutPrimary(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{config: map[string]string{"failover.auto": "false"}})
+	c.volume("db", "16MiB")
+	alpha, beta := c.node("alpha"), c.node("beta")
+	c.makePrimary("db", alpha)
+	alpha.kill()
+	out := beta.cliFails(exitRefused, nil, "invalidate", "db", "--node", "gamma")
+	if !strings.Contains(out, "may be the best that is left") {
+		t.Errorf("it says: %s", out)
+	}
+	if st := beta.status("db").replica("gamma"); st.State == "Failed" {
+		t.Errorf("gamma is given up: %+v", st)
+	}
+	alpha.start()
+	c.waitHealthy("db")
+	beta.cli("invalidate", "db", "--node", "gamma")
+	c.waitHealthy("db")
+	c.replicasEqual("db")
+}
+
 // TestWipedNode: a node that lost its data directory does not vote and does not
 // serve old promises; it is refused until it is replaced, and is copied whole.
 func TestWipedNode(t *testing.T) {

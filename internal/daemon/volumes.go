@@ -472,6 +472,29 @@ func (d *Daemon) problemOf(id ident.Volume) error {
 	return d.problems[id]
 }
 
+// officeWait is how long a command that needs a primary waits for one: some
+// failovers.
+const officeWait = 5 * time.Second
+
+// awaitOffice waits a while until a volume has a primary in office, serving or
+// not, and reports whether it has.
+func (d *Daemon) awaitOffice(ctx context.Context, id ident.Volume) bool {
+	ctx, cancel := context.WithTimeout(ctx, officeWait)
+	defer cancel()
+	for {
+		sv := d.state().Volumes[id]
+		if sv == nil || sv.Deleted {
+			return false
+		}
+		if r := d.primaryReport(ctx, sv); r.Reached && r.Replica && r.Core.Role == core.RolePrimary {
+			return true
+		}
+		if !pause(ctx, applyPause) {
+			return false
+		}
+	}
+}
+
 // invalidateHere gives this node's replica up: it leaves the in-sync set, and
 // is made anew when it is out.
 func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
@@ -481,6 +504,10 @@ func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
 	}
 	if sv.Primary == d.self {
 		return control.Errorf(control.CodeRefused, fmt.Sprintf("run blockstep switchover %s --to another node first", sv.Name), "%s is the primary of %s", d.self, sv.Name)
+	}
+	if !d.awaitOffice(ctx, sv.ID) {
+		return control.Errorf(control.CodeRefused, "start the nodes that have the others, or see blockstep failover "+sv.Name+" --help",
+			"%s has no primary to copy from: the replica on %s may be the best that is left", sv.Name, d.self)
 	}
 	dir := d.replicaDir(sv.ID)
 	if _, err := os.Stat(dir); err == nil {
