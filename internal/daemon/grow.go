@@ -6,12 +6,17 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft/state"
 	"github.com/blockstep/blockstep/replication"
 )
+
+// growTime is how long a node is given to make room: a device may have to write
+// zeroes. What it has not done by then it does when it hears of the new size.
+const growTime = 20 * time.Second
 
 // growCall asks a node to make room for a larger volume.
 type growCall struct {
@@ -28,7 +33,7 @@ func (d *Daemon) growReplicas(ctx context.Context, sv *state.Volume, size uint64
 	var wg sync.WaitGroup
 	var without []string
 	for _, r := range sv.Replicas {
-		if r.Failed {
+		if r.Failed || (r.Node != d.self && !d.linkUp(r.Node)) {
 			continue
 		}
 		wg.Go(func() {
@@ -37,7 +42,7 @@ func (d *Daemon) growReplicas(ctx context.Context, sv *state.Volume, size uint64
 			if r.Node == d.self {
 				_, err = d.serveGrow(ctx, d.self, c)
 			} else {
-				ctx, cancel := context.WithTimeout(ctx, askNode)
+				ctx, cancel := context.WithTimeout(ctx, growTime)
 				defer cancel()
 				err = d.rpc.call(ctx, r.Node, "/node/v1/grow", c, nil)
 			}
