@@ -33,7 +33,7 @@ func (d *Daemon) growReplicas(ctx context.Context, sv *state.Volume, size uint64
 	var wg sync.WaitGroup
 	var without []string
 	for _, r := range sv.Replicas {
-		if r.Failed || (r.Node != d.self && !d.linkUp(r.Node)) {
+		if r.Failed {
 			continue
 		}
 		wg.Go(func() {
