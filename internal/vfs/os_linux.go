@@ -75,7 +75,7 @@ func claim(fd int, path string, mode int, block bool) (int, error) {
 		// Without O_CREAT it claims a device, as a mount does.
 		_ = unix.Close(fd)
 		fd, err := openRetry(path, mode&^unix.O_CREAT|unix.O_EXCL)
-		if err == unix.EBUSY {
+		if errors.Is(err, unix.EBUSY) {
 			err = fmt.Errorf("it is mounted, or in use by something else: %w", ErrLocked)
 		}
 		return fd, err
@@ -85,7 +85,7 @@ func claim(fd int, path string, mode int, block bool) (int, error) {
 		return fd, nil
 	}
 	_ = unix.Close(fd)
-	if err == unix.EWOULDBLOCK {
+	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = ErrLocked
 	}
 	return -1, err
