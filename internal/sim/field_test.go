@@ -81,6 +81,28 @@ var fieldScenarios = []scenario{
 		s.Read(s.AwaitPrimary())
 		s.Converge(0, 1, 2)
 	}},
+	{"target-forgets-what-it-had-not-applied", Options{}, func(s *Sim) {
+		// A replica has applied a write, makes no checkpoint and is killed; the
+		// write is given up by a forced failover to one that lacks it. When it
+		// returns it takes the write for not applied yet, and cuts it: the block
+		// must be copied all the same.
+		p := s.AwaitPrimary()
+		b, c := (p+1)%3, (p+2)%3
+		s.Do(p, opWrite, 0, 1)
+		s.Flush(p)
+		s.RunFor(s1)
+		s.Crash(FaultKill, c)
+		s.Do(p, opWrite, 5, 1)
+		s.Flush(p)
+		s.RunFor(s1)
+		s.Crash(FaultKill, p, b)
+		s.Restart(c)
+		s.Force(c)
+		s.AwaitPrimary()
+		s.Do(c, opWrite, 1, 1)
+		s.Restart(p, b)
+		s.Converge(0, 1, 2)
+	}},
 	{"link-flaps-during-resync", Options{Trim: true, Rate: 10 * blockSize, Blocks: 48}, func(s *Sim) {
 		p := s.AwaitPrimary()
 		c := s.resyncing(p)
