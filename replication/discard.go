@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -88,7 +89,7 @@ func writeDiscarded(f vfs.File, at int64, e *wire.Entry) (int64, error) {
 }
 
 // pruneDiscarded removes files so that one more is within the limit: those of
-// the oldest epochs first, as the names sort.
+// the oldest positions first.
 func (rp *replica) pruneDiscarded() {
 	names, err := rp.opt.FS.List(rp.opt.Dir)
 	if err != nil {
@@ -100,10 +101,26 @@ func (rp *replica) pruneDiscarded() {
 			found = append(found, n)
 		}
 	}
+	slices.SortFunc(found, func(a, b string) int {
+		pa, pb := discardedAt(a), discardedAt(b)
+		if pa.Less(pb) {
+			return -1
+		}
+		return 1
+	})
 	for len(found) >= discardFilesMax {
 		if err := rp.opt.FS.Remove(filepath.Join(rp.opt.Dir, found[0])); err != nil {
 			rp.logger.Warn("remove an old file of discarded entries", "file", found[0], "error", err)
 		}
 		found = found[1:]
 	}
+}
+
+// discardedAt returns the position that a file is named after; the zero one for
+// a name that is not ours.
+func discardedAt(name string) (p ident.Position) {
+	if _, err := fmt.Sscanf(name, discardPrefix+"%d-%d", &p.Epoch, &p.Seq); err != nil {
+		return ident.Position{}
+	}
+	return p
 }

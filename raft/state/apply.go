@@ -297,7 +297,7 @@ func (s *State) removeNode(c *Command, p *RemoveNode) Result {
 	}
 	for _, v := range s.Live() {
 		if v.Replica(p.Name) != nil {
-			return refuse(RuleNodeInUse, "node %q holds a replica of %q: 'node drain %s' first", p.Name, v.Name, p.Name)
+			return refuse(RuleNodeInUse, "node %q holds a replica of %q: 'blockstep node drain %s' first", p.Name, v.Name, p.Name)
 		}
 	}
 	delete(s.Nodes, p.Name)
