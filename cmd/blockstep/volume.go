@@ -39,6 +39,9 @@ func (a *app) volumeCreateCmd() *cobra.Command {
 named with --replicas, and returns when its primary serves. The volume is then
 the NBD export NAME on every node.
 
+It reads as zeroes: what is on a device that is named with --device is gone. The
+device must be there, large enough, and used by nobody.
+
 Ack says what the answer to a write waits for:
   quorum   (default) a majority of the in-sync set holds it; a FLUSH makes it durable on a majority
   durable  a majority has fsynced it

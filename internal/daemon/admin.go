@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -186,6 +187,9 @@ func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (cont
 	if err != nil {
 		return none, err
 	}
+	if err := b.d.checkDevices(ctx, cmd); err != nil {
+		return none, err
+	}
 	res, err := b.d.applyWhole(ctx, state.Command{CreateVolume: cmd})
 	if err != nil {
 		return none, err
@@ -231,7 +235,11 @@ func (b backend) createCommand(r control.CreateVolume) (*state.CreateVolume, err
 		}
 	}
 	for _, n := range names {
-		cmd.Replicas = append(cmd.Replicas, state.Replica{Node: ident.Node(n), Device: r.Devices[n]})
+		device := r.Devices[n]
+		if device != "" {
+			device = filepath.Clean(device) // the cluster state compares paths
+		}
+		cmd.Replicas = append(cmd.Replicas, state.Replica{Node: ident.Node(n), Device: device})
 	}
 	return cmd, nil
 }
@@ -290,7 +298,7 @@ func (b backend) DeleteVolume(ctx context.Context, name string) error {
 	}
 	_, err = b.d.applyWhole(ctx, state.Command{DeleteVolume: &state.DeleteVolume{Volume: sv.ID}})
 	if err == nil {
-		b.d.awaitEverywhere(ctx, sv.ID, func(r volumeReport) bool { return r.View.ID == 0 || r.View.Deleted })
+		b.d.awaitEverywhere(ctx, sv.ID, func(r volumeReport) bool { return (r.View.ID == 0 || r.View.Deleted) && !r.Kept })
 	}
 	return err
 }

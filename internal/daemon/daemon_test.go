@@ -125,6 +125,7 @@ func TestJudge(t *testing.T) {
 	}
 	unheard := serving
 	unheard.Core.Peers = serving.Core.Peers[1:]
+	waiting := volumeReport{Reached: true, Open: true, Problem: devicePrefix + "/dev/sdb: it is in use", Waits: true}
 	suspended := serving
 	suspended.Core.Suspended = true
 	for _, tc := range []struct {
@@ -146,6 +147,31 @@ func TestJudge(t *testing.T) {
 			"one was never heard, and is dead",
 			map[ident.Node]volumeReport{"alpha": unheard, "gamma": up},
 			"", control.Degraded, "InSync Absent InSync", "beta is Absent", "start blockstepd on beta, or check its network",
+		},
+		{
+			"a device is busy",
+			map[ident.Node]volumeReport{"alpha": unheard, "beta": waiting, "gamma": up},
+			"", control.Degraded, "InSync Absent InSync", "beta is Absent (backing device /dev/sdb: it is in use)",
+			"see to the device on beta: it is tried again by itself (blockstep wait db --for healthy)",
+		},
+		{
+			"a device is busy, and the primary still counts on it",
+			map[ident.Node]volumeReport{"alpha": serving, "beta": waiting, "gamma": up},
+			"", control.Degraded, "InSync Absent InSync", "beta is Absent (backing device /dev/sdb: it is in use)",
+			"see to the device on beta: it is tried again by itself (blockstep wait db --for healthy)",
+		},
+		{
+			"a device is busy when its replica is to be made anew",
+			map[ident.Node]volumeReport{"alpha": peers("Failed", "InSync"), "beta": waiting, "gamma": up},
+			"invalidated by an operator", control.Degraded, "InSync Absent InSync", "beta is Absent (backing device /dev/sdb: it is in use)",
+			"see to the device on beta: it is tried again by itself (blockstep wait db --for healthy)",
+		},
+		{
+			"a device is busy, and there is no primary for want of it",
+			map[ident.Node]volumeReport{"alpha": waiting, "beta": waiting, "gamma": up},
+			"", control.Suspended, "Absent Absent InSync",
+			"no primary serves it; alpha is Absent (backing device /dev/sdb: it is in use), beta is Absent (backing device /dev/sdb: it is in use)",
+			"see to the device on alpha: it is tried again by itself (blockstep wait db --for healthy)",
 		},
 		{
 			"one catches up",

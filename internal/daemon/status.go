@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -29,6 +30,8 @@ type volumeReport struct {
 	Open    bool          `json:"open"`
 	Replica bool          `json:"replica"`
 	Problem string        `json:"problem,omitempty"` // why its replica is not open
+	Waits   bool          `json:"waits,omitempty"`   // the problem ends when somebody sees to its device
+	Kept    bool          `json:"kept,omitempty"`    // the volume is deleted, and its replica here is there yet
 	Stall   string        `json:"stall,omitempty"`   // why its disk is taken to hang
 	Core    core.Status   `json:"core"`
 	Held    int           `json:"held"`
@@ -53,8 +56,14 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 	if sv := d.state().Volumes[id]; sv != nil {
 		r.View = *sv
 	}
+	if r.View.ID == 0 || r.View.Deleted {
+		_, err := os.Stat(d.replicaDir(id))
+		r.Kept = err == nil
+	}
 	if err := d.problemOf(id); err != nil && !errors.Is(err, errNotCurrent) {
 		r.Problem = err.Error()
+		var e *deviceError
+		r.Waits = errors.As(err, &e)
 	}
 	if d.failover != nil {
 		r.Waiting = d.failover.Waiting(id)
@@ -247,6 +256,10 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 	if r.Failed {
 		out.State, out.Reason = control.Failed, r.Reason
 	}
+	if own.Reached && !own.Replica && own.Waits {
+		// Also one that had failed: it is being made anew.
+		out.State, out.Reason = control.Absent, own.Problem
+	}
 	if own.Foreign {
 		out.Reason = foreignReason
 	}
@@ -343,6 +356,9 @@ func nextStep(out *control.VolumeStatus) string {
 		case control.Absent:
 			if r.Reason == foreignReason {
 				return "blockstep node replace " + r.Node
+			}
+			if strings.HasPrefix(r.Reason, devicePrefix) {
+				return fmt.Sprintf("see to the device on %s: it is tried again by itself (blockstep wait %s --for healthy)", r.Node, out.Volume)
 			}
 			return fmt.Sprintf("start blockstepd on %s, or check its network", r.Node)
 		case control.Failed:

@@ -176,14 +176,17 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 		d.showView(v, now) // with the id of the new replica, before it is there
 	}
 	if err := v.driver.SetReplica(*ro); err != nil {
-		return d.replicaLost(sv, err)
+		return d.replicaLost(sv, rep, err)
 	}
 	v.replica.Store(true)
 	return nil
 }
 
 // replicaLost words the error of a replica that does not open.
-func (d *Daemon) replicaLost(sv *state.Volume, err error) error {
+func (d *Daemon) replicaLost(sv *state.Volume, rep *state.Replica, err error) error {
+	if busyDevice(rep.Device, err) && !rep.Failed {
+		return &deviceError{rep.Device, errInUse}
+	}
 	return fmt.Errorf("%w; if its disk is lost: blockstep invalidate %s --node %s", err, sv.Name, d.self)
 }
 
@@ -197,12 +200,13 @@ func (d *Daemon) openVolume(ctx context.Context, sv *state.Volume) (*volume, err
 		Limits: replication.Limits{OverlayBytes: d.cfg.Memory.Volume},
 	}
 	var problem error
-	if rep := sv.Replica(d.self); rep != nil {
+	rep := sv.Replica(d.self)
+	if rep != nil {
 		opts.Replica, problem = d.replicaOptions(ctx, sv, rep)
 	}
 	driver, err := replication.Open(ctx, opts)
 	if err != nil && opts.Replica != nil {
-		problem = d.replicaLost(sv, err)
+		problem = d.replicaLost(sv, rep, err)
 		opts.Replica = nil
 		driver, err = replication.Open(ctx, opts)
 	}
@@ -392,9 +396,18 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 	return ro, nil
 }
 
-// makeReplica makes an empty replica, whole or not at all.
+// makeReplica makes an empty replica, whole or not at all. It makes no file in
+// the place of a device that is not there.
 func (d *Daemon) makeReplica(ctx context.Context, sv *state.Volume, ro *replication.ReplicaOptions) (ident.Replica, error) {
+	if ro.Store != "" {
+		if err := d.checkDevice(ro.Store, sv.Size); err != nil {
+			return 0, &deviceError{ro.Store, err}
+		}
+	}
 	id, err := replication.CreateReplica(ctx, replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
+	if busyDevice(ro.Store, err) {
+		return 0, &deviceError{ro.Store, errInUse}
+	}
 	if err != nil {
 		return 0, err
 	}

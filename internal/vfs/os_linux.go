@@ -42,6 +42,9 @@ func (osFS) Open(path string, flags Flag) (File, error) {
 		mode |= unix.O_EXCL
 	}
 	fd, err := openRetry(path, mode)
+	if flags&Claim != 0 {
+		err = inUse(err) // some kernels let nobody write to a device that is mounted
+	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -75,10 +78,7 @@ func claim(fd int, path string, mode int, block bool) (int, error) {
 		// Without O_CREAT it claims a device, as a mount does.
 		_ = unix.Close(fd)
 		fd, err := openRetry(path, mode&^unix.O_CREAT|unix.O_EXCL)
-		if errors.Is(err, unix.EBUSY) {
-			err = fmt.Errorf("it is mounted, or in use by something else: %w", ErrLocked)
-		}
-		return fd, err
+		return fd, inUse(err)
 	}
 	err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
@@ -89,6 +89,14 @@ func claim(fd int, path string, mode int, block bool) (int, error) {
 		err = ErrLocked
 	}
 	return -1, err
+}
+
+// inUse says what EBUSY means for a device.
+func inUse(err error) error {
+	if errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("it is mounted, or in use by something else: %w", ErrLocked)
+	}
+	return err
 }
 
 func openRetry(path string, mode int) (int, error) {

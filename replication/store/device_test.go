@@ -48,7 +48,7 @@ func TestBlockDevice(t *testing.T) {
 	if s.Size() != size {
 		t.Fatalf("size %d, want %d", s.Size(), size)
 	}
-	if _, err := OpenStore(vfs.OS(), dev, 0, true); !errors.Is(err, vfs.ErrLocked) {
+	if _, err := OpenStore(vfs.OS(), dev, 0, true); !errors.Is(err, ErrBusy) || !errors.Is(err, vfs.ErrLocked) {
 		t.Fatalf("a device that another store has: %v", err)
 	}
 	must(t, s.Close())

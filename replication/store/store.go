@@ -21,6 +21,9 @@ var (
 	ErrCorrupt = errors.New("file is corrupt")
 	// ErrNewer is returned when a file was written by a newer version.
 	ErrNewer = errors.New("file was written by a newer version of blockstep")
+	// ErrBusy is returned when somebody else has claimed a backing store: another
+	// replica, or a mount.
+	ErrBusy = errors.New("backing store is in use")
 	// ErrSize is returned when a backing store is smaller than its volume.
 	ErrSize = errors.New("backing store is too small")
 	// ErrRange is returned for an extent beyond the end of the store.
@@ -48,13 +51,16 @@ type Store struct {
 // there is made, sparse, with its directory entry durable; an existing file or
 // block device must have at least size bytes, or be a file that can grow.
 // Size 0 takes the size that is there. What somebody else has claimed (another
-// replica, a mount) is vfs.ErrLocked.
+// replica, a mount) is ErrBusy.
 func OpenStore(fs vfs.FS, path string, size uint64, create bool) (*Store, error) {
 	flags := vfs.Claim
 	if create {
 		flags |= vfs.Create
 	}
 	f, err := fs.Open(path, flags)
+	if errors.Is(err, vfs.ErrLocked) {
+		return nil, fmt.Errorf("store: %w: %w", ErrBusy, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("store: open the backing store: %w", err)
 	}
