@@ -24,12 +24,12 @@ func tool(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// makeImage makes an ext4 image that holds this repository's documents and
-// tests.
+// makeImage makes an ext4 image that holds the NBD server with its tests: some
+// hundred files, and no matter what has been built beside them.
 func makeImage(t *testing.T, size string) string {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "image")
-	tool(t, "mkfs.ext4", "-q", "-F", "-d", "..", name, size)
+	tool(t, "mkfs.ext4", "-q", "-F", "-d", "../nbd", name, size)
 	return name
 }
 
