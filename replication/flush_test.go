@@ -28,6 +28,7 @@ func TestAFlushCostsOneRound(t *testing.T) {
 		ts := c.session(c.promote("n1"))
 		ts.mustWrite(0, pattern(1, 4096))
 		ts.must(ts.flush())
+		synctest.Wait() // an fsync that is late would cover what is written now
 		ts.mustWrite(4096, pattern(2, 4096))
 		ts.mustWrite(8192, pattern(3, 4096))
 		if n := c.sent(func() { ts.must(ts.flush()) }); n != 4 {
@@ -56,6 +57,9 @@ func TestAnExpectedFlushIsDoneBefore(t *testing.T) {
 			ts.mustWrite(4096, pattern(byte(i), 4096))
 			ts.must(ts.flush())
 		}
+		// A FLUSH is answered when a majority is done: an fsync that is late at the
+		// primary would cover what is written now.
+		synctest.Wait()
 		ts.mustWrite(0, pattern(9, 4096))
 		synctest.Wait()
 		if durable() == last() {
@@ -75,6 +79,7 @@ func TestAnExpectedFlushIsDoneBefore(t *testing.T) {
 			ts.mustWrite(0, pattern(10, 4096))
 		}
 		ts.must(ts.flush()) // after three
+		synctest.Wait()
 		if durable() != last() {
 			t.Errorf("after a FLUSH %d of %d are durable", durable(), last())
 		}
