@@ -31,15 +31,20 @@ func (c *checkpointer) now() {
 	signal(c.wake)
 }
 
-// note says that bytes have been applied.
-func (c *checkpointer) note(bytes int64) {
+// note says that bytes have been applied. It wakes the checkpointer for the
+// first of them, whose age it watches, and when they have become too many: to
+// wake it for each round of the applier is a thread's work.
+func (c *checkpointer) note(bytes int64, l *Limits) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.bytes == 0 {
+	before := c.bytes
+	if before == 0 {
 		c.since = time.Now()
 	}
 	c.bytes += bytes + 1 // a marker changes the applied position too
-	signal(c.wake)
+	if before == 0 || before < l.CheckpointMax && c.bytes >= l.CheckpointMax {
+		signal(c.wake)
+	}
 }
 
 // due reports whether a checkpoint is to be made now, for whom, and else how
