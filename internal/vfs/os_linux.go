@@ -261,7 +261,7 @@ func (f *osFile) ReadAtNoWait(p []byte, off int64) (int, error) {
 // walks every block of such a folio in each later write into it, however small:
 // 4 KiB into folios of 1 MiB cost 11 µs, into those of 256 KiB 4 µs, and the
 // large writes themselves gain nothing beyond that.
-const writeAlign = 256 << 10
+const writeAlign = 32 << 10
 
 // writeRoom returns how many bytes may be written at off in one call.
 func writeRoom(off int64) int { return int(writeAlign - off%writeAlign) }
