@@ -45,8 +45,8 @@ const (
 	// A reader is busy once busyReads reads have come with no more than busyGap
 	// between two of them, and until one is idleGap late. That is also for how
 	// long it may overlook a deadline.
-	busyReads = 32
-	busyGap   = 2 * time.Millisecond
+	busyReads = 16
+	busyGap   = 5 * time.Millisecond
 	idleGap   = 20 * time.Millisecond
 )
 
