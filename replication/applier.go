@@ -25,9 +25,9 @@ const (
 	// apart: what comes with an fsync of the log, and on a machine of few
 	// processors, would else keep them from the writes that are under way, on
 	// all nodes at once. It is calm up to applyCalmEntries and applyCalmBytes.
-	applyPace        = 4 * time.Millisecond
-	applyPaceEntries = 128
-	applyPaceBytes   = 1 << 20
+	applyPace        = 8 * time.Millisecond
+	applyPaceEntries = 256
+	applyPaceBytes   = 2 << 20
 	applyCalmEntries = 4096
 	applyCalmBytes   = 16 << 20
 	// applyTurn is how many pieces are written before others may have the
