@@ -32,7 +32,7 @@ const (
 	applyCalmBytes   = 16 << 20
 	// applyTurn is how many pieces are written before others may have the
 	// processor: less than the 10 ms after which the runtime takes it away.
-	applyTurn = 256
+	applyTurn = 64
 	// applyVectorMax is the number of buffers in one writev (UIO_MAXIOV is 1024).
 	applyVectorMax = 512
 )
