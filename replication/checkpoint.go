@@ -210,14 +210,17 @@ func (rp *replica) writeCheckpoint(cp store.Checkpoint) error {
 	return nil
 }
 
-// yieldDisk leaves the disk to a FLUSH that waits for it. It reports whether
-// there is time to go on gently.
-func (rp *replica) yieldDisk() bool {
+// yieldDisk lets the disk work for d, and leaves it to a FLUSH that waits for it.
+// It reports whether there is time to go on gently.
+func (rp *replica) yieldDisk(d time.Duration) bool {
 	if rp.stopping.Load() {
 		return false
 	}
 	if rp.syncer.waited() {
-		sleep(rp.ctx, checkpointYield)
+		d = max(d, checkpointYield)
 	}
-	return true
+	if d > 0 {
+		sleep(rp.ctx, d)
+	}
+	return !rp.stopping.Load()
 }
