@@ -28,7 +28,7 @@ var layers = []layer{
 		why: "the cluster state is a pure value: State.Apply(Command)",
 	},
 	{
-		dir: "replication", may: []string{"replication", "internal/buf", "internal/ident", "internal/invariant", "internal/sock", "internal/vfs"},
+		dir: "replication", may: []string{"replication", "internal/boottime", "internal/buf", "internal/ident", "internal/invariant", "internal/sock", "internal/vfs"},
 		why: "replication declares the Cluster interface that it needs; who fulfils it is internal/daemon's to say",
 	},
 	{
@@ -45,7 +45,7 @@ var layers = []layer{
 		why: "resync plans; others copy",
 	},
 	{
-		dir: "replication/peer", may: []string{"replication/wire", "internal/buf", "internal/ident", "internal/invariant", "internal/sock"},
+		dir: "replication/peer", may: []string{"replication/wire", "internal/boottime", "internal/buf", "internal/ident", "internal/invariant", "internal/sock"},
 		why: "a link carries messages and knows nothing of logs and volumes",
 	},
 	{
@@ -71,6 +71,10 @@ var layers = []layer{
 	{
 		dir: "internal/buf", may: []string{"internal/invariant"},
 		why: "a buffer must be usable everywhere",
+	},
+	{
+		dir: "internal/boottime", may: nil,
+		why: "a clock must be usable everywhere",
 	},
 	{
 		dir: "internal/sock", may: nil,
