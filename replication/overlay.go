@@ -21,8 +21,10 @@ const (
 	// that a read which began before they were applied can tell whether they
 	// touched its bytes.
 	removedRing = 1024
-	// spareLists bounds the emptied lists that are kept to be used again.
-	spareLists = 1024
+	// spareLists bounds the emptied lists that are kept to be used again: as many
+	// as small writes at random places have under way before the applier is done
+	// with them, at 32 to 40 bytes each.
+	spareLists = 16 << 10
 )
 
 // overlayEntry is one entry that is in the log and not yet, or not surely, in
@@ -204,6 +206,9 @@ func (l *seqList) push(seq ident.Seq) {
 	if l.head > 64 && l.head > len(l.seqs)/2 {
 		n := copy(l.seqs, l.seqs[l.head:])
 		l.seqs, l.head = l.seqs[:n], 0
+	}
+	if l.seqs == nil {
+		l.seqs = make([]ident.Seq, 0, 4) // one is seldom all
 	}
 	l.seqs = append(l.seqs, seq)
 }
