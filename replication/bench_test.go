@@ -35,9 +35,15 @@ func (loneCluster) Event(ident.Volume, core.Event)                 {}
 // primary.
 func openLone(tb testing.TB, size uint64) (*Volume, *Session) {
 	tb.Helper()
+	return openLoneOn(tb, size, vfs.OS(), Limits{})
+}
+
+// openLoneOn is openLone on a file system, with limits.
+func openLoneOn(tb testing.TB, size uint64, fs vfs.FS, limits Limits) (*Volume, *Session) {
+	tb.Helper()
 	o := Options{
-		Volume: testVolume, Name: "lone", Node: "n1", Links: loneLinks{}, Cluster: loneCluster{},
-		Replica: &ReplicaOptions{FS: vfs.OS(), Dir: tb.TempDir(), BootID: "b"},
+		Volume: testVolume, Name: "lone", Node: "n1", Links: loneLinks{}, Cluster: loneCluster{}, Limits: limits,
+		Replica: &ReplicaOptions{FS: fs, Dir: tb.TempDir(), BootID: "b"},
 	}
 	id, err := CreateReplica(tb.Context(), o, size)
 	if err != nil {

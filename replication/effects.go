@@ -282,7 +282,12 @@ func (rp *replica) event(e core.Event) {
 // core asks for one run per peer at a time.
 func (rp *replica) runLogRead(q core.LogRead) {
 	defer rp.wg.Done()
-	entries, err := rp.log.Read(q.From, q.Bytes, nil)
+	var err error
+	// What is not applied yet is still in memory, for the most part.
+	entries := rp.overlay.read(q.From, q.Bytes, nil)
+	if len(entries) == 0 {
+		entries, err = rp.log.Read(q.From, q.Bytes, nil)
+	}
 	if err != nil {
 		rp.logger.Warn("read the log for a peer", "peer", q.Peer, "from", q.From, "error", err)
 		if !errors.Is(err, wal.ErrTrimmed) && !errors.Is(err, wal.ErrClosed) && !rp.alone() {

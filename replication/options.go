@@ -127,8 +127,11 @@ type ReplicaOptions struct {
 
 // Limits bound what one volume may hold in memory (design I9).
 type Limits struct {
+	Memory       int64 // bytes that it holds when it is busy: the defaults of others are shares of it
 	OverlayBytes int64 // payload bytes of unapplied entries kept in memory
 	UnappliedMax int   // bytes of unapplied entries: above it new requests wait
+	// UnappliedEntries bounds their number likewise.
+	UnappliedEntries int
 	ReadersMax   int   // reads that wait for the backing store at a time
 	ForwardedMax int   // requests of other nodes' clients that are under way here
 	// ForwardedBytes bounds the bytes that these read or write.

@@ -244,6 +244,20 @@ func (v *Volume) Status() Status {
 	return s
 }
 
+// Memory returns the bytes of payloads that the volume's replica holds: in the
+// overlay, and as the newest entries, some of which are in both.
+func (v *Volume) Memory() (overlay, ring int64) {
+	rp := v.rep()
+	if rp == nil {
+		return 0, 0
+	}
+	_, overlay = rp.overlay.stats()
+	if st := rp.lastStatus.Load(); st != nil {
+		ring = int64(st.RingBytes) // of the last tick
+	}
+	return overlay, ring
+}
+
 // Checkpoint makes the backing store durable up to what is applied, and the log
 // before it free to be recycled.
 func (v *Volume) Checkpoint(ctx context.Context) error {

@@ -94,6 +94,9 @@ type Hooks struct {
 	Level *slog.LevelVar
 	// Hangup receives when the configuration is to be read again.
 	Hangup <-chan os.Signal
+	// MemoryLimit is told how much memory the process is to hold at the most,
+	// again whenever that changes.
+	MemoryLimit func(bytes int64)
 }
 
 // Run runs a node until ctx ends, and stops it cleanly. It returns the error
@@ -150,6 +153,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	if err := d.openCluster(ctx); err != nil {
 		return err
 	}
+	d.setMemory()
 	d.openLinks()
 	d.alive = replication.NewAliveClock(nil, 0)
 	d.wg.Go(func() { d.alive.Run(d.ctx) })
