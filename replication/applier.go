@@ -133,7 +133,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 		rp.applier.advance(seq)
 		rp.checkpointer.note(bytes)
 		rp.in.pushQuiet(input{kind: inApplied, seq: seq, id: gen})
-		rp.turn()
+		rp.turn(false)
 	}
 }
 

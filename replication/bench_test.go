@@ -17,6 +17,7 @@ import (
 type loneLinks struct{}
 
 func (loneLinks) Send(_ ident.Node, _ ident.Volume, m wire.Message) { wire.ReleasePayloads(m) }
+func (loneLinks) FlushSoon()                                        {}
 func (loneLinks) Flush()                                            {}
 func (loneLinks) Echo(ident.Node) int64                             { return 1 }
 func (loneLinks) EchoAge(ident.Node, int64) time.Duration           { return 0 }

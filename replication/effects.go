@@ -45,8 +45,8 @@ func (rp *replica) perform() bool {
 	for i := range e.Early {
 		rp.send(&e.Early[i])
 	}
-	if len(e.Early) > 0 {
-		rp.v.opts.Links.Flush()
+	if len(e.Early) > 0 && (len(e.Append) > 0 || e.MetaDirty || e.Cut || e.Reset != nil) {
+		rp.v.opts.Links.Flush() // the peers work while the disk does
 	}
 	again, err := rp.performDisk(e)
 	if err != nil {

@@ -56,6 +56,9 @@ type Links interface {
 	Send(to ident.Node, vol ident.Volume, m wire.Message)
 	// Flush lets go what Send has queued for any node.
 	Flush()
+	// FlushSoon is Flush within a millisecond, once for all who ask until then:
+	// for what nobody waits for.
+	FlushSoon()
 	// Echo returns the newest clock value of the node that was heard, for
 	// wire.Forward.Echo.
 	Echo(node ident.Node) int64

@@ -30,6 +30,10 @@ const (
 	// notSentBytes is what the kernel may hold unsent before we keep the rest,
 	// so that pings and acks can still overtake it (TCP_NOTSENT_LOWAT).
 	notSentBytes = 512 << 10
+	// soonAfter is how long what nobody waits for may wait for more of its kind:
+	// nothing against a lease, and long enough that all volumes of a node have
+	// had their turn when they tick.
+	soonAfter = 500 * time.Microsecond
 	// slabKeep is the capacity up to which an idle link keeps its buffer for
 	// headers.
 	slabKeep = 256 << 10

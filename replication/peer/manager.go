@@ -93,6 +93,8 @@ type Manager struct {
 	clusterID atomic.Pointer[string]
 	// peers is replaced, never changed: Send reads it without a lock.
 	peers      atomic.Pointer[peerSet]
+	soon       *time.Timer // of runTicker: a FlushSoon is due
+	soonDue    atomic.Bool // soon is set
 	handshakes chan struct{} // one token for each accepted connection that is not done with its handshake
 
 	ctx    context.Context
@@ -141,6 +143,7 @@ func NewManager(opt Options) *Manager {
 		instance:   rand.Uint64(),
 		shift:      1<<60 + rand.Int64N(1<<60),
 		handshakes: make(chan struct{}, handshakesMax),
+		soon:       time.NewTimer(time.Hour),
 	}
 	m.started = m.now()
 	m.clusterID.Store(&opt.ClusterID)
@@ -219,6 +222,14 @@ func (m *Manager) Flush() {
 	}
 }
 
+// FlushSoon is Flush in soonAfter, once for all who ask until then: the signs of
+// life of many idle volumes, which come at the same moment, leave together.
+func (m *Manager) FlushSoon() {
+	if !m.soonDue.Load() && m.soonDue.CompareAndSwap(false, true) {
+		m.soon.Reset(soonAfter)
+	}
+}
+
 // Status returns a picture of each link, sorted by node.
 func (m *Manager) Status() []LinkStatus {
 	var list []LinkStatus
@@ -261,6 +272,7 @@ func (m *Manager) runTicker() {
 	defer m.wg.Done()
 	t := time.NewTicker(m.opt.Ping / watchesPerPing)
 	defer t.Stop()
+	defer m.soon.Stop()
 	for n := 1; ; n++ {
 		select {
 		case <-t.C:
@@ -270,6 +282,10 @@ func (m *Manager) runTicker() {
 					l.tick()
 				}
 			}
+		case <-m.soon.C:
+			n-- // no tick
+			m.soonDue.Store(false)
+			m.Flush()
 		case <-m.ctx.Done():
 			return
 		}
