@@ -42,10 +42,14 @@ func openLone(tb testing.TB, size uint64) (*Volume, *Session) {
 // openLoneOn is openLone on a file system, with limits.
 func openLoneOn(tb testing.TB, size uint64, fs vfs.FS, limits Limits) (*Volume, *Session) {
 	tb.Helper()
-	o := Options{
-		Volume: testVolume, Name: "lone", Node: "n1", Links: loneLinks{}, Cluster: loneCluster{}, Limits: limits,
-		Replica: &ReplicaOptions{FS: fs, Dir: tb.TempDir(), BootID: "b"},
-	}
+	return openLoneWith(tb, size, Options{Limits: limits, Replica: &ReplicaOptions{FS: fs}})
+}
+
+// openLoneWith is openLone with other options.
+func openLoneWith(tb testing.TB, size uint64, o Options) (*Volume, *Session) {
+	tb.Helper()
+	o.Volume, o.Name, o.Node, o.Links, o.Cluster = testVolume, "lone", "n1", loneLinks{}, loneCluster{}
+	o.Replica.Dir, o.Replica.BootID = tb.TempDir(), "b"
 	id, err := CreateReplica(tb.Context(), o, size)
 	if err != nil {
 		tb.Fatal(err)

@@ -15,6 +15,10 @@ import (
 // away from its socket then, under the heaviest load.
 const turnRoundsMax = 16
 
+// statusEvery is how old the picture is at the most that is shown of a replica
+// whose disk holds the loop up.
+const statusEvery = time.Second
+
 // turn steps the core with what is in the inbox, on the caller's goroutine. With
 // flushes the caller flushes the links soon after, for many volumes at once. If
 // another one is at that already, it does nothing: that one goes on until the
@@ -31,8 +35,7 @@ func (rp *replica) turn(flushes bool) {
 // It ends when ctx has ended, the inbox is closed and empty, and nobody has the
 // turn.
 func (rp *replica) runLoop(ctx context.Context) {
-	timer := time.NewTimer(untilNext(rp.clock, rp.tickEvery()))
-	defer timer.Stop()
+	defer rp.ticker.Stop()
 	done := ctx.Done()
 	rp.in.tick()
 	for {
@@ -46,15 +49,17 @@ func (rp *replica) runLoop(ctx context.Context) {
 		case <-done:
 			done = nil
 		case <-rp.in.wake:
-		case <-timer.C:
+		case <-rp.ticker.C:
 			rp.in.tick()
-			timer.Reset(untilNext(rp.clock, rp.tickEvery()))
+			rp.ticker.Reset(rp.ownTick())
 		}
 	}
 }
 
 // tickEvery is the time between two ticks of the core.
-func (rp *replica) tickEvery() time.Duration { return rp.opt.Heartbeat / 2 }
+func (rp *replica) tickEvery() time.Duration { return tickEvery(rp.opt.Heartbeat) }
+
+func tickEvery(heartbeat time.Duration) time.Duration { return heartbeat / 2 }
 
 // untilNext returns how long it is until the clock is a multiple of every. What
 // is done now and then is done then: all volumes of a node tick at the same
@@ -90,8 +95,11 @@ func (rp *replica) step(rounds int, flushes bool) {
 			rp.core.DiskRead(rp.readers.oldest())
 			rp.core.Tick(now)
 			rp.tickBarriers(now)
-			st := rp.core.Status(now)
-			rp.lastStatus.Store(&st)
+			if now >= rp.nextStatus {
+				rp.nextStatus = now + core.Instant(statusEvery)
+				st := rp.core.Status(now)
+				rp.lastStatus.Store(&st)
+			}
 		}
 		rp.disk.loop.Store(int64(now))
 		for again := true; again; {

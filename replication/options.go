@@ -100,6 +100,7 @@ type Options struct {
 	Clock   Clock // nil: the host's
 	Logger  *slog.Logger
 	Alive   *AliveClock // the process's; nil: one of its own
+	Pulse   *Pulse      // the node's, for its replicas' heartbeat; nil: each ticks by itself
 	Limits  Limits
 	// View is the cluster state at the start, when it is known already.
 	View *core.View

@@ -213,7 +213,7 @@ func (v *Volume) Size() uint64 { return v.size.Load() }
 const statusWait = 100 * time.Millisecond
 
 // Status returns a picture of the volume. When the loop is held up by the disk
-// it is some ticks old.
+// it is as old as that, and a second more.
 func (v *Volume) Status() Status {
 	v.cmu.Lock()
 	s := Status{Replica: v.rep() != nil, Held: len(v.held), Remote: len(v.table), Sessions: len(v.sessions)}

@@ -58,6 +58,7 @@ type Daemon struct {
 	failover *raft.Controller
 	links    *peer.Manager
 	alive    *replication.AliveClock
+	pulse    *replication.Pulse
 	nbd      *nbd.Server
 	attach   *attach.Manager
 	attached atomic.Pointer[attach.Manager] // attach, for those that may ask before it is open
@@ -156,7 +157,9 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.setMemory()
 	d.openLinks()
 	d.alive = replication.NewAliveClock(nil, 0)
+	d.pulse = replication.NewPulse(nil, d.cfg.Volume.Heartbeat)
 	d.wg.Go(func() { d.alive.Run(d.ctx) })
+	d.wg.Go(func() { d.pulse.Run(d.ctx) })
 	d.wg.Go(func() { d.runCurrent(d.ctx) })
 	d.wg.Go(func() { d.runVolumes(d.ctx) })
 	d.wg.Go(func() { d.runRemarks(d.ctx) })

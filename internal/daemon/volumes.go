@@ -196,7 +196,7 @@ func (d *Daemon) openVolume(ctx context.Context, sv *state.Volume) (*volume, err
 	view := d.viewOf(sv)
 	opts := replication.Options{
 		Volume: sv.ID, Name: sv.Name, Node: d.self,
-		Links: d.links, Cluster: clusterOf{d}, Logger: d.log, Alive: d.alive, View: &view,
+		Links: d.links, Cluster: clusterOf{d}, Logger: d.log, Alive: d.alive, Pulse: d.pulse, View: &view,
 		Limits: replication.Limits{Memory: d.cfg.Memory.Volume},
 	}
 	var problem error

@@ -52,8 +52,9 @@ const (
 
 	// watchesPerPing is how often in a ping interval it is looked whether the
 	// reader of a connection is held up: with pings every 300 ms one that is
-	// has been so for 100 to 200 ms, well below any lease.
-	watchesPerPing = 3
+	// has been so for 150 to 300 ms, well below any lease. As often as a replica
+	// ticks, and at the same moments: that wakes an idle process once.
+	watchesPerPing = 2
 	// heardPings is the number of ping intervals without a sign of life after
 	// which a peer counts as not heard.
 	heardPings = 4

@@ -270,12 +270,15 @@ func (m *Manager) begin() bool {
 // too long.
 func (m *Manager) runTicker() {
 	defer m.wg.Done()
-	t := time.NewTicker(m.opt.Ping / watchesPerPing)
+	every := m.opt.Ping / watchesPerPing
+	next := func() time.Duration { return every - time.Duration(m.opt.Clock())%every }
+	t := time.NewTimer(next())
 	defer t.Stop()
 	defer m.soon.Stop()
 	for n := 1; ; n++ {
 		select {
 		case <-t.C:
+			t.Reset(next())
 			for _, l := range m.peers.Load().list {
 				l.in.watch(m)
 				if n%watchesPerPing == 0 {
