@@ -136,8 +136,8 @@ type Limits struct {
 	UnappliedMax int   // bytes of unapplied entries: above it new requests wait
 	// UnappliedEntries bounds their number likewise.
 	UnappliedEntries int
-	ReadersMax   int   // reads that wait for the backing store at a time
-	ForwardedMax int   // requests of other nodes' clients that are under way here
+	ReadersMax       int // reads that wait for the backing store at a time
+	ForwardedMax     int // requests of other nodes' clients that are under way here
 	// ForwardedBytes bounds the bytes that these read or write.
 	ForwardedBytes int64
 	CheckpointMax  int64         // bytes applied after which a checkpoint is made

@@ -93,8 +93,8 @@ type Manager struct {
 	clusterID atomic.Pointer[string]
 	// peers is replaced, never changed: Send reads it without a lock.
 	peers      atomic.Pointer[peerSet]
-	soon       *time.Timer // of runTicker: a FlushSoon is due
-	soonDue    atomic.Bool // soon is set
+	soon       *time.Timer   // of runTicker: a FlushSoon is due
+	soonDue    atomic.Bool   // soon is set
 	handshakes chan struct{} // one token for each accepted connection that is not done with its handshake
 
 	ctx    context.Context
