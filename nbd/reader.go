@@ -247,7 +247,7 @@ func (c *conn) readFull(p []byte) error {
 	c.uncork() // the rest of the payload may be long in coming
 	c.midRequest.Store(true)
 	for len(p) > 0 {
-		m, err := c.source.Read(p)
+		m, err := c.readMost(p)
 		c.readBytes.Add(uint64(m))
 		p = p[m:]
 		if err != nil && len(p) > 0 {
@@ -256,6 +256,14 @@ func (c *conn) readFull(p []byte) error {
 	}
 	c.midRequest.Store(false)
 	return nil
+}
+
+// readMost reads, and may wait for a moment so that p is filled.
+func (c *conn) readMost(p []byte) (int, error) {
+	if t := c.thread.Load(); t != nil {
+		return t.ReadMost(p)
+	}
+	return c.source.Read(p)
 }
 
 func (c *conn) readError(err error, within bool) error {

@@ -161,6 +161,7 @@ type replyWriter struct {
 
 	// The call in progress; fields so that the callback needs no closure.
 	writev func(fd uintptr) bool
+	msg    syscall.Msghdr
 	n      int
 	errno  syscall.Errno
 	wait   bool
@@ -270,8 +271,9 @@ func (w *replyWriter) within(n int) (v []syscall.Iovec, cut uint64) {
 // again.
 func (w *replyWriter) doWritev(fd uintptr) bool {
 	v, cut := w.within(w.room)
+	w.msg.Iov, w.msg.Iovlen = &v[0], uint64(len(v))
 	for {
-		n, _, errno := syscall.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
+		n, _, errno := syscall.Syscall(syscall.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&w.msg)), syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
 		if errno == syscall.EINTR {
 			continue
 		}

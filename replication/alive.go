@@ -5,8 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/blockstep/blockstep/internal/boottime"
 	"github.com/blockstep/blockstep/replication/core"
 )
 
@@ -14,12 +13,7 @@ import (
 type bootClock struct{}
 
 // Boot implements Clock.
-func (bootClock) Boot() core.Instant {
-	var ts unix.Timespec
-	// The call cannot fail: the clock exists since Linux 2.6.39.
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
-	return core.Instant(ts.Nano())
-}
+func (bootClock) Boot() core.Instant { return core.Instant(boottime.Now()) }
 
 // BootClock returns the host's CLOCK_BOOTTIME as a Clock.
 func BootClock() Clock { return bootClock{} }

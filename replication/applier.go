@@ -3,6 +3,7 @@ package replication
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -20,6 +21,18 @@ const (
 	applyDelay = 10 * time.Millisecond
 	// applyEager is the number of entries that it does not wait with.
 	applyEager = 256
+	// A calm applier has little to do, so it does a little at a time, applyPace
+	// apart: what comes with an fsync of the log, and on a machine of few
+	// processors, would else keep them from the writes that are under way, on
+	// all nodes at once. It is calm up to applyCalmEntries and applyCalmBytes.
+	applyPace        = 8 * time.Millisecond
+	applyPaceEntries = 256
+	applyPaceBytes   = 2 << 20
+	applyCalmEntries = 4096
+	applyCalmBytes   = 16 << 20
+	// applyTurn is how many pieces are written before others may have the
+	// processor: less than the 10 ms after which the runtime takes it away.
+	applyTurn = 64
 	// applyVectorMax is the number of buffers in one writev (UIO_MAXIOV is 1024).
 	applyVectorMax = 512
 )
@@ -96,6 +109,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	since := time.Time{} // when the oldest entry that may be applied was seen
+	next := time.Time{}  // when a calm applier goes on
 	for ctx.Err() == nil {
 		if list := rp.applier.takeBlocks(); len(list) > 0 {
 			if err := rp.writeBlocks(list); err != nil {
@@ -103,7 +117,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 				return
 			}
 			last := list[len(list)-1].ID
-			rp.checkpointer.note(blockSize)
+			rp.checkpointer.note(blockSize, &rp.v.opts.Limits)
 			rp.in.push(input{kind: inCall, call: func(now core.Instant) { rp.core.BlocksWritten(now, last) }})
 		}
 		to, applied := rp.applier.target()
@@ -113,8 +127,12 @@ func (rp *replica) runApplier(ctx context.Context) {
 				since = time.Now()
 			}
 			pause = applyDelay - time.Since(since)
+			if to-applied >= applyEager {
+				pause = 0
+			}
+			pause = max(pause, time.Until(next))
 		}
-		if pause > 0 && to-applied < applyEager {
+		if pause > 0 {
 			timer.Reset(pause)
 			select {
 			case <-ctx.Done():
@@ -125,15 +143,19 @@ func (rp *replica) runApplier(ctx context.Context) {
 		}
 		since = time.Time{}
 		gen := rp.resets.Load()
-		seq, bytes, err := w.round(to)
+		calm := rp.overlay.calm()
+		seq, bytes, err := w.round(to, calm)
 		if err != nil {
 			rp.fail(fmt.Errorf("apply entries after %d to the backing store: %w", applied, err))
 			return
 		}
 		rp.applier.advance(seq)
-		rp.checkpointer.note(bytes)
+		rp.checkpointer.note(bytes, &rp.v.opts.Limits)
 		rp.in.pushQuiet(input{kind: inApplied, seq: seq, id: gen})
 		rp.turn(false)
+		if calm {
+			next = time.Now().Add(applyPace)
+		}
 	}
 }
 
@@ -158,12 +180,12 @@ type applyWork struct {
 }
 
 // round applies the next entries, up to to, and returns the last of them and
-// their bytes.
-func (w *applyWork) round(to ident.Seq) (ident.Seq, int64, error) {
+// their bytes: a few when it is calm.
+func (w *applyWork) round(to ident.Seq, calm bool) (ident.Seq, int64, error) {
 	rp := w.rp
 	rp.applyMu.Lock()
 	defer rp.applyMu.Unlock()
-	w.batch = rp.overlay.begin(to, w.batch[:0])
+	w.batch = rp.overlay.begin(to, calm, w.batch[:0])
 	defer w.release()
 	if err := w.load(); err != nil {
 		return 0, 0, err
@@ -272,8 +294,12 @@ func (w *applyWork) cover(off, end uint64, gaps []span) []span {
 // write brings the pieces to the backing store: neighbours with data in one
 // call.
 func (w *applyWork) write() (int64, error) {
-	bytes := int64(0)
+	bytes, turn := int64(0), applyTurn
 	for i := 0; i < len(w.pieces); {
+		if i >= turn {
+			turn = i + applyTurn
+			runtime.Gosched()
+		}
 		p := &w.pieces[i]
 		if p.kind != wire.KindData {
 			if err := w.rp.store.Zero(p.off, p.end-p.off, p.flags&wire.FlagNoHole == 0); err != nil {

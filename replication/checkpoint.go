@@ -31,15 +31,20 @@ func (c *checkpointer) now() {
 	signal(c.wake)
 }
 
-// note says that bytes have been applied.
-func (c *checkpointer) note(bytes int64) {
+// note says that bytes have been applied. It wakes the checkpointer for the
+// first of them, whose age it watches, and when they have become too many: to
+// wake it for each round of the applier is a thread's work.
+func (c *checkpointer) note(bytes int64, l *Limits) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.bytes == 0 {
+	before := c.bytes
+	if before == 0 {
 		c.since = time.Now()
 	}
 	c.bytes += bytes + 1 // a marker changes the applied position too
-	signal(c.wake)
+	if before == 0 || before < l.CheckpointMax && c.bytes >= l.CheckpointMax {
+		signal(c.wake)
+	}
 }
 
 // due reports whether a checkpoint is to be made now, for whom, and else how
@@ -205,14 +210,17 @@ func (rp *replica) writeCheckpoint(cp store.Checkpoint) error {
 	return nil
 }
 
-// yieldDisk leaves the disk to a FLUSH that waits for it. It reports whether
-// there is time to go on gently.
-func (rp *replica) yieldDisk() bool {
+// yieldDisk lets the disk work for d, and leaves it to a FLUSH that waits for it.
+// It reports whether there is time to go on gently.
+func (rp *replica) yieldDisk(d time.Duration) bool {
 	if rp.stopping.Load() {
 		return false
 	}
 	if rp.syncer.waited() {
-		sleep(rp.ctx, checkpointYield)
+		d = max(d, checkpointYield)
 	}
-	return true
+	if d > 0 {
+		sleep(rp.ctx, d)
+	}
+	return !rp.stopping.Load()
 }

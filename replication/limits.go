@@ -19,10 +19,10 @@ const (
 	// connections each and a window of 128 each. What is beyond is sent back to
 	// wait at its own node, where the NBD server bounds it.
 	forwardedMaxDefault = 2 * 64 * 128
-	// checkpointMaxDefault bounds what a restart must replay.
+	// checkpointMaxDefault bounds what a restart must replay, some seconds' work.
 	// The longer it takes, the more blocks are overwritten in the page cache and
-	// written to the disk once. As much again as the log retains anyway.
-	checkpointMaxDefault = 256 << 20
+	// written to the disk once. Twice what the log retains anyway.
+	checkpointMaxDefault = 512 << 20
 	checkpointMaxLeast   = 64 << 20 // with a log_retention below it
 	checkpointAgeDefault = 30 * time.Second
 	// checkpointYield is how long a checkpoint leaves the disk alone when a

@@ -257,9 +257,14 @@ type applyEntry struct {
 	overlayEntry
 }
 
-// begin marks the next entries, up to to and within the bounds of one round, as
-// being applied, and returns them in order with a reference of each payload.
-func (o *overlay) begin(to ident.Seq, dst []applyEntry) []applyEntry {
+// begin marks the next entries, up to to and within the bounds of one round (a
+// small one of a calm applier), as being applied, and returns them in order with
+// a reference of each payload.
+func (o *overlay) begin(to ident.Seq, calm bool, dst []applyEntry) []applyEntry {
+	entriesMax, bytesMax := applyBatchEntries, applyBatchBytes
+	if calm {
+		entriesMax, bytesMax = applyPaceEntries, applyPaceBytes
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	size, load := 0, 0
@@ -271,7 +276,7 @@ func (o *overlay) begin(to ident.Seq, dst []applyEntry) []applyEntry {
 				load += int(e.end - e.off)
 			}
 		}
-		if len(dst) > 0 && (size > applyBatchBytes || load > o.loadMax && o.loadMax > 0 || len(dst) >= applyBatchEntries) {
+		if len(dst) > 0 && (size > bytesMax || load > o.loadMax && o.loadMax > 0 || len(dst) >= entriesMax) {
 			break
 		}
 		e.payload.Retain()
@@ -302,6 +307,13 @@ func (o *overlay) read(from ident.Seq, bytes int, dst []wire.Entry) []wire.Entry
 		got += int(e.end-e.off) + entryMemory
 	}
 	return dst
+}
+
+// calm reports whether little waits to be applied.
+func (o *overlay) calm() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.lenLocked() <= applyCalmEntries && o.bytes <= applyCalmBytes
 }
 
 // remove drops the entries up to seq, which are in the backing store now.

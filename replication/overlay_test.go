@@ -62,7 +62,7 @@ func TestOverlayAgainstModel(t *testing.T) {
 					return
 				}
 				to := rapid.IntRange(held+1, len(log)).Draw(rt, "to")
-				batch := o.begin(ident.Seq(to), nil)
+				batch := o.begin(ident.Seq(to), false, nil)
 				last := batch[len(batch)-1].seq
 				for held < int(last) {
 					apply(base, &log[held])

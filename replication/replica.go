@@ -249,7 +249,7 @@ func (rp *replica) finishClean() error {
 	}
 	w := &applyWork{rp: rp}
 	for to, applied := rp.applier.target(); applied < to; to, applied = rp.applier.target() {
-		seq, _, err := w.round(to)
+		seq, _, err := w.round(to, false)
 		if err != nil {
 			return fmt.Errorf("apply the log: %w", err)
 		}

@@ -83,7 +83,7 @@ type StorageStatus struct {
 func Open(_ context.Context, o Options) (*Volume, error) {
 	if o.Limits.CheckpointMax == 0 && o.Replica != nil && o.Replica.LogRetention != 0 {
 		// Who lets the log have little room gets checkpoints more often.
-		o.Limits.CheckpointMax = min(max(o.Replica.LogRetention, checkpointMaxLeast), checkpointMaxDefault)
+		o.Limits.CheckpointMax = min(max(2*o.Replica.LogRetention, checkpointMaxLeast), checkpointMaxDefault)
 	}
 	o.Limits.setDefaults()
 	v := &Volume{

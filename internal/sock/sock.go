@@ -2,8 +2,8 @@
 // thread that waits in epoll, which finds out whose bytes they are, wakes the
 // goroutine, and mostly another thread that looks for more work; at one small
 // message at a time that costs more than the message. The reader of a Conn that is
-// busy waits in poll(2) for its own socket, and goes on where it stood: one wake-up
-// a message, and it keeps its processor while it waits.
+// busy waits in read(2) for its own socket, and goes on where it stood: one system
+// call and one wake-up a message, and it keeps its processor while it waits.
 //
 // It costs a thread for each Conn whose reader waits, so it is for connections
 // that are few; and one of the scheduler's processors, which such a thread keeps
@@ -29,6 +29,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,9 +43,10 @@ const (
 	// less than the monitor's 10 ms.
 	keepFor = 8 * time.Millisecond
 	// A reader is busy once busyReads reads have come with no more than busyGap
-	// between two of them, and until one is idleGap late.
-	busyReads = 32
-	busyGap   = 2 * time.Millisecond
+	// between two of them, and until one is idleGap late. That is also for how
+	// long it may overlook a deadline.
+	busyReads = 16
+	busyGap   = 5 * time.Millisecond
 	idleGap   = 20 * time.Millisecond
 )
 
@@ -66,6 +68,7 @@ type Conn struct {
 	use  Use
 	refs atomic.Int64 // users, Close's own included; closedBit
 	full bool         // the last read took all there was room for: there may be more
+	busy bool         // the descriptor blocks, for no longer than idleGap
 
 	// What a wait is for: the socket, and for a Client an eventfd that ends the
 	// wait, since a deadline may be set from elsewhere.
@@ -79,11 +82,11 @@ type Conn struct {
 	ready func(fd uintptr) bool
 
 	// The reader's.
-	timeout unix.Timespec
-	armed   bool      // idle has the socket
-	turn    time.Time // when others last had its processor
-	last    time.Time // when there was something to read
-	streak  int       // of reads that came close together
+	zero   unix.Timespec // ppoll(2) may write to it
+	armed  bool          // idle has the socket
+	turn   time.Time     // when others last had its processor
+	last   time.Time     // when there was something to read
+	streak int           // of reads that came close together
 }
 
 // Take takes the connection over from c, which it closes. It returns nil, and
@@ -129,6 +132,11 @@ func (c *Conn) open() error {
 		}
 		c.poll[1] = unix.PollFd{Fd: int32(wake), Events: unix.POLLIN}
 	}
+	// A busy reader that finds nothing for so long is busy no longer.
+	timeout := unix.NsecToTimeval(int64(idleGap))
+	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+		return err
+	}
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return err
@@ -142,7 +150,7 @@ func (c *Conn) open() error {
 		return err
 	}
 	c.ready = func(uintptr) bool {
-		n, err := c.ppoll(0)
+		n, err := c.look()
 		return n > 0 || err != nil && !errors.Is(err, unix.EINTR)
 	}
 	if c.use == Client {
@@ -162,31 +170,79 @@ func (c *Conn) watch(op int, fd int32) error {
 
 // Read waits for bytes. It returns io.EOF at the end, net.ErrClosed after Close,
 // os.ErrDeadlineExceeded after the deadline.
-func (c *Conn) Read(p []byte) (int, error) {
+func (c *Conn) Read(p []byte) (int, error) { return c.read(p, 0) }
+
+// ReadMost reads as Read does, but may wait for a moment so that p is filled.
+func (c *Conn) ReadMost(p []byte) (int, error) { return c.read(p, unix.MSG_WAITALL) }
+
+func (c *Conn) read(p []byte, flags int) (int, error) {
 	if !c.begin() {
 		return 0, net.ErrClosed
 	}
 	defer c.end()
 	for len(p) > 0 {
-		if !c.full || c.deadline.Load() != 0 {
-			if err := c.wait(); err != nil {
-				return 0, err
-			}
+		if err := c.prepare(); err != nil {
+			return 0, err
 		}
-		n, err := unix.Read(c.fd, p)
-		c.full = err == nil && n == len(p)
+		n, errno := recv(c.fd, p, flags)
+		if n > 0 && c.busy && !c.full {
+			c.came()
+		}
+		c.full = n == len(p)
 		switch {
 		case n > 0:
 			return n, nil
 		case c.refs.Load()&closedBit != 0:
 			return 0, net.ErrClosed
-		case err == nil:
+		case errno == 0:
 			return 0, io.EOF
-		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR):
-			return 0, err
+		case errno == unix.EAGAIN:
+			if c.busy {
+				c.streak = 0 // nothing for idleGap
+			}
+		case errno != unix.EINTR:
+			return 0, os.NewSyscallError("recvfrom", errno)
 		}
 	}
 	return 0, nil
+}
+
+// recv is recvfrom(2) without an address.
+func recv(fd int, p []byte, flags int) (int, unix.Errno) {
+	n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(flags), 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}
+
+// prepare makes the next read one that waits, when the reader is busy, or else
+// waits itself until there is something to read, or the connection is closed.
+func (c *Conn) prepare() error {
+	busy := c.streak >= busyReads && c.deadline.Load() == 0
+	if busy != c.busy {
+		if err := unix.SetNonblock(c.fd, !busy); err != nil {
+			return err
+		}
+		c.busy = busy
+	}
+	if !busy {
+		if c.full && c.deadline.Load() == 0 {
+			return nil
+		}
+		return c.wait()
+	}
+	if c.armed {
+		if err := c.watch(unix.EPOLL_CTL_DEL, c.poll[0].Fd); err != nil {
+			return err
+		}
+		c.armed = false
+	}
+	if now := time.Now(); now.Sub(c.turn) >= keepFor {
+		c.turn = now
+		runtime.Gosched()
+	}
+	return nil
 }
 
 // wait returns when the socket can be read, or the connection is closed.
@@ -198,13 +254,7 @@ func (c *Conn) wait() error {
 				return os.ErrDeadlineExceeded
 			}
 		}
-		var n int
-		var err error
-		if c.streak >= busyReads {
-			n, err = c.waitBusy(left)
-		} else {
-			n, err = c.waitQuiet(left)
-		}
+		n, err := c.waitQuiet(left)
 		switch {
 		case c.refs.Load()&closedBit != 0:
 			return nil
@@ -218,21 +268,6 @@ func (c *Conn) wait() error {
 			return nil
 		}
 	}
-}
-
-// waitBusy waits in a thread of its own.
-func (c *Conn) waitBusy(left time.Duration) (int, error) {
-	if c.armed {
-		if err := c.watch(unix.EPOLL_CTL_DEL, c.poll[0].Fd); err != nil {
-			return 0, err
-		}
-		c.armed = false
-	}
-	if now := time.Now(); now.Sub(c.turn) >= keepFor {
-		c.turn = now
-		runtime.Gosched()
-	}
-	return c.ppoll(left)
 }
 
 // waitQuiet waits by Go's poller. There may be nothing when it returns.
@@ -255,7 +290,7 @@ func (c *Conn) waitQuiet(left time.Duration) (int, error) {
 	if err := c.quiet.Read(c.ready); err != nil {
 		return 0, err
 	}
-	return c.ppoll(0)
+	return c.look()
 }
 
 // came notes that there is something to read.
@@ -270,18 +305,13 @@ func (c *Conn) came() {
 	c.last = now
 }
 
-// ppoll waits for as long as left, for ever when that is negative.
-func (c *Conn) ppoll(left time.Duration) (int, error) {
+// look polls without waiting.
+func (c *Conn) look() (int, error) {
 	fds := c.poll[:1]
 	if c.use == Client {
 		fds = c.poll[:]
 	}
-	var timeout *unix.Timespec
-	if left >= 0 {
-		c.timeout = unix.NsecToTimespec(int64(left))
-		timeout = &c.timeout
-	}
-	return unix.Ppoll(fds, timeout, nil)
+	return unix.Ppoll(fds, &c.zero, nil)
 }
 
 // SetReadDeadline bounds a Client's Read, the present one too; a zero time takes
@@ -309,7 +339,8 @@ func (c *Conn) CloseWrite() error {
 	return unix.Shutdown(c.fd, unix.SHUT_WR)
 }
 
-// Raw gives access to the descriptor, which does not block.
+// Raw gives access to the descriptor. Whether it blocks changes: who writes says
+// MSG_DONTWAIT.
 func (c *Conn) Raw() syscall.RawConn { return (*raw)(c) }
 
 // raw is a Conn as the runtime would show it; it is read by Conn.Read alone.

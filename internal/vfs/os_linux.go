@@ -261,7 +261,7 @@ func (f *osFile) ReadAtNoWait(p []byte, off int64) (int, error) {
 // walks every block of such a folio in each later write into it, however small:
 // 4 KiB into folios of 1 MiB cost 11 µs, into those of 256 KiB 4 µs, and the
 // large writes themselves gain nothing beyond that.
-const writeAlign = 256 << 10
+const writeAlign = 32 << 10
 
 // writeRoom returns how many bytes may be written at off in one call.
 func writeRoom(off int64) int { return int(writeAlign - off%writeAlign) }
@@ -347,8 +347,14 @@ func (f *osFile) WritevAt(bufs [][]byte, off int64) (int, error) {
 }
 
 func pwritev(fd int, vec []unix.Iovec, off int64) (int, error) {
-	n, _, errno := unix.Syscall6(unix.SYS_PWRITEV, uintptr(fd), uintptr(unsafe.Pointer(&vec[0])), uintptr(len(vec)),
-		uintptr(off), uintptr(off>>32), 0)
+	var n uintptr
+	var errno unix.Errno
+	if len(vec) == 1 { // no vector for the kernel to fetch
+		n, _, errno = unix.Syscall6(unix.SYS_PWRITE64, uintptr(fd), uintptr(unsafe.Pointer(vec[0].Base)), uintptr(vec[0].Len), uintptr(off), 0, 0)
+	} else {
+		n, _, errno = unix.Syscall6(unix.SYS_PWRITEV, uintptr(fd), uintptr(unsafe.Pointer(&vec[0])), uintptr(len(vec)),
+			uintptr(off), uintptr(off>>32), 0)
+	}
 	if errno != 0 {
 		return 0, errno
 	}

@@ -1,24 +1,11 @@
 package peer
 
 import (
-	"fmt"
 	"math"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/blockstep/blockstep/internal/ident"
 )
-
-// bootClock reads CLOCK_BOOTTIME in nanoseconds: unlike Go's monotonic clock it
-// goes on while the host sleeps. Every kernel that we run on has it.
-func bootClock() int64 {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		panic(fmt.Sprintf("peer: this kernel has no CLOCK_BOOTTIME: %v", err))
-	}
-	return ts.Nano()
-}
 
 // now is the clock that pings carry. Each Manager's is shifted by a random
 // amount, so that a value that an earlier process gave away (perhaps in an

@@ -19,7 +19,7 @@ const (
 	// directRounds and directBytes bound what a Flush writes itself before it
 	// leaves the rest to the link's sender: a volume's loop has more to do.
 	directRounds = 4
-	directBytes  = 128 << 10
+	directBytes  = 512 << 10
 	// smallBytes is the payload up to which a message does not count as bulk.
 	smallBytes = 64 << 10
 	// iovecMax is the kernel's limit of pieces for one writev (UIO_MAXIOV).

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/blockstep/blockstep/internal/boottime"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/replication/wire"
 )
@@ -132,7 +133,7 @@ func NewManager(opt Options) *Manager {
 		opt.Versions = wire.Known()
 	}
 	if opt.Clock == nil {
-		opt.Clock = bootClock
+		opt.Clock = boottime.Now
 	}
 	if opt.Logger == nil {
 		opt.Logger = slog.New(slog.DiscardHandler)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	iofs "io/fs"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -205,6 +206,11 @@ func (cf *CheckpointFile) Close() error {
 // encodeCheckpoint appends a slot to b, which is empty but for its capacity.
 func encodeCheckpoint(b []byte, c *Checkpoint) ([]byte, error) {
 	le := binary.LittleEndian
+	size := frameHeaderSize + 64 + 16*len(c.History) + 24*len(c.Dedup)
+	for i := range c.Bitmaps {
+		size += 64 + len(c.Bitmaps[i].Node) + len(c.Bitmaps[i].Data)
+	}
+	b = slices.Grow(b, size) // a megabyte or more: grown as it comes, it would be copied ten times
 	b = append(b, make([]byte, frameHeaderSize)...)
 	b = appendPosition(b, c.Applied)
 	b = appendPosition(b, c.DedupFloor)

@@ -4,6 +4,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 )
 
 const (
@@ -52,34 +53,54 @@ func (d *dirtied) take() []uint64 {
 	return list
 }
 
+// restMax bounds the rest before a wait.
+const restMax = 50 * time.Millisecond
+
 // WriteOut sends to the disk what was written since the last call, a few MiB at
 // a time and waiting for each, so that the Sync after it has little left to do
 // and what others fsync meanwhile does not queue behind all of it. It makes
-// nothing durable. pause is called between two groups; when it returns false
-// the rest is left to Sync. A failure is final.
-func (s *Store) WriteOut(pause func() bool) error {
+// nothing durable.
+//
+// rest is called with the time that the disk is expected to take, before each
+// wait for it, since a wait in the kernel for long makes Go's monitor busy; and
+// with 0 between two groups. When it returns false the remainder is left to Sync.
+// A failure is final.
+func (s *Store) WriteOut(rest func(time.Duration) bool) error {
 	if e := s.failure.Load(); e != nil {
 		return *e
 	}
-	list := s.dirtied.take()
-	for group := range slices.Chunk(list, groupGranules) {
-		// First all are begun, then all are waited for.
-		for _, wait := range []bool{false, true} {
-			for i := 0; i < len(group); {
-				j := i + 1
-				for j < len(group) && group[j] == group[j-1]+1 {
-					j++
-				}
-				err := s.file.WriteOut(int64(group[i]<<granuleBits), int64(j-i)<<granuleBits, wait)
-				if err != nil {
-					return s.done("write out", err)
-				}
-				i = j
-			}
+	expected := time.Duration(0)
+	for group := range slices.Chunk(s.dirtied.take(), groupGranules) {
+		began := time.Now()
+		if err := s.writeOut(group, false); err != nil {
+			return err
 		}
-		if !pause() {
+		if !rest(expected) {
 			return nil
 		}
+		if err := s.writeOut(group, true); err != nil {
+			return err
+		}
+		// Most of what it took, so that a rest is seldom longer than the disk.
+		expected = min((expected+time.Since(began))/2*3/4, restMax)
+		if !rest(0) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// writeOut begins to send granules to the disk, or waits for them.
+func (s *Store) writeOut(group []uint64, wait bool) error {
+	for i := 0; i < len(group); {
+		j := i + 1
+		for j < len(group) && group[j] == group[j-1]+1 {
+			j++
+		}
+		if err := s.file.WriteOut(int64(group[i]<<granuleBits), int64(j-i)<<granuleBits, wait); err != nil {
+			return s.done("write out", err)
+		}
+		i = j
 	}
 	return nil
 }

@@ -156,13 +156,32 @@ func (r *Reader) readFull(p []byte) error {
 			return nil
 		}
 		if len(p) >= directRead {
-			_, err := io.ReadFull(r.src, p)
-			return unexpected(err)
+			if err := r.readDirect(p); err != nil {
+				return unexpected(err)
+			}
+			return nil
 		}
 		if err := r.fill(len(p)); err != nil {
 			return unexpected(err)
 		}
 	}
+}
+
+// readDirect fills p from the source.
+func (r *Reader) readDirect(p []byte) error {
+	most, ok := r.src.(interface{ ReadMost(p []byte) (int, error) })
+	if !ok {
+		_, err := io.ReadFull(r.src, p)
+		return err
+	}
+	for len(p) > 0 {
+		n, err := most.ReadMost(p)
+		if err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+	return nil
 }
 
 // fill reads until n bytes are there, to at most FrameBodyMax and a header.
