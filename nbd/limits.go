@@ -20,7 +20,8 @@ type Limits struct {
 	// connection has in flight. Default 32 MiB, which is also the least.
 	BytesPerConn int64
 	// BytesTotal bounds the same over all connections, not counting the 1 MiB
-	// that each one may always use. Default 128 MiB, at least 64 MiB.
+	// that each one may always use. Default 128 MiB, at least 32 MiB: one request
+	// of the largest size always finds room when the others are done.
 	BytesTotal int64
 	// ReadBuffer is how far a busy connection's read buffer grows, in bytes.
 	// Default 256 KiB.
@@ -132,8 +133,8 @@ func (l *Limits) setDefaults() error {
 		return fmt.Errorf("nbd: limit of %d requests a connection: set 1 to 65536", l.Requests)
 	case l.BytesPerConn < PayloadMax:
 		return fmt.Errorf("nbd: limit of %d bytes a connection: one request may have %d", l.BytesPerConn, PayloadMax)
-	case l.BytesTotal < 2*PayloadMax:
-		return fmt.Errorf("nbd: limit of %d bytes in all: set at least %d", l.BytesTotal, 2*PayloadMax)
+	case l.BytesTotal < PayloadMax:
+		return fmt.Errorf("nbd: limit of %d bytes in all: set at least %d", l.BytesTotal, PayloadMax)
 	case l.ReadBuffer < readBufferMin || l.ReadBuffer > PayloadMax:
 		return fmt.Errorf("nbd: read buffer of %d bytes: set %d to %d", l.ReadBuffer, readBufferMin, PayloadMax)
 	case l.Connections < 1:

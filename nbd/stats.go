@@ -39,6 +39,7 @@ type Stats struct {
 	Accepted, Refused, HandshakesFailed uint64
 	Connections                         int64 // now
 	BudgetUsed                          int64 // bytes of Limits.BytesTotal in use now
+	PayloadBytes                        int64 // of requests in flight on all connections now
 	Ops                                 map[Op]OpStats
 }
 
@@ -73,6 +74,11 @@ func (s *Server) Stats() Stats {
 		Connections:      s.stats.connections.Load(),
 		BudgetUsed:       s.budget.inUse(),
 		Ops:              make(map[Op]OpStats, ops),
+	}
+	for _, c := range s.snapshot() {
+		c.mu.Lock()
+		st.PayloadBytes += c.mu.bytes
+		c.mu.Unlock()
 	}
 	for op := OpRead; int(op) < ops; op++ {
 		from := &s.stats.op[op]

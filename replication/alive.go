@@ -30,9 +30,9 @@ type AliveClock struct {
 	stalls atomic.Uint64
 }
 
-// aliveEvery is how often Run touches the clock: well below any gap that is
-// looked for, so that an idle process does not look like a stopped one.
-const aliveEvery = 250 * time.Millisecond
+// aliveShare is how often Run touches the clock within a gap that is looked for:
+// so that an idle process does not look like a stopped one.
+const aliveShare = 5
 
 // NewAliveClock makes a clock that counts gaps longer than gap; 0 takes the
 // default link lease. A nil clock is the host's.
@@ -50,7 +50,7 @@ func NewAliveClock(clock Clock, gap time.Duration) *AliveClock {
 
 // Run touches the clock until ctx ends.
 func (a *AliveClock) Run(ctx context.Context) {
-	t := time.NewTicker(aliveEvery)
+	t := time.NewTicker(time.Duration(a.gap) / aliveShare)
 	defer t.Stop()
 	for {
 		select {

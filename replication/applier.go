@@ -152,7 +152,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 		rp.applier.advance(seq)
 		rp.checkpointer.note(bytes, &rp.v.opts.Limits)
 		rp.in.pushQuiet(input{kind: inApplied, seq: seq, id: gen})
-		rp.turn()
+		rp.turn(false)
 		if calm {
 			next = time.Now().Add(applyPace)
 		}

@@ -54,10 +54,15 @@ func (v *Volume) HandleBatch(from ident.Node, envs []wire.Envelope) {
 // it. The caller holds no lock. It may wait for the disk, and as long as that
 // hangs.
 func (v *Volume) Settle() {
-	if rp := v.rep(); rp != nil {
-		rp.turn()
-	}
+	v.SettleQuiet()
 	v.opts.Links.Flush()
+}
+
+// SettleQuiet is Settle for who settles many volumes, and then flushes the links.
+func (v *Volume) SettleQuiet() {
+	if rp := v.rep(); rp != nil {
+		rp.turn(true)
+	}
 }
 
 // Handle is HandleBatch and Settle for one envelope.

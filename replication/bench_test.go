@@ -17,6 +17,7 @@ import (
 type loneLinks struct{}
 
 func (loneLinks) Send(_ ident.Node, _ ident.Volume, m wire.Message) { wire.ReleasePayloads(m) }
+func (loneLinks) FlushSoon()                                        {}
 func (loneLinks) Flush()                                            {}
 func (loneLinks) Echo(ident.Node) int64                             { return 1 }
 func (loneLinks) EchoAge(ident.Node, int64) time.Duration           { return 0 }
@@ -35,10 +36,20 @@ func (loneCluster) Event(ident.Volume, core.Event)                 {}
 // primary.
 func openLone(tb testing.TB, size uint64) (*Volume, *Session) {
 	tb.Helper()
-	o := Options{
-		Volume: testVolume, Name: "lone", Node: "n1", Links: loneLinks{}, Cluster: loneCluster{},
-		Replica: &ReplicaOptions{FS: vfs.OS(), Dir: tb.TempDir(), BootID: "b"},
-	}
+	return openLoneOn(tb, size, vfs.OS(), Limits{})
+}
+
+// openLoneOn is openLone on a file system, with limits.
+func openLoneOn(tb testing.TB, size uint64, fs vfs.FS, limits Limits) (*Volume, *Session) {
+	tb.Helper()
+	return openLoneWith(tb, size, Options{Limits: limits, Replica: &ReplicaOptions{FS: fs}})
+}
+
+// openLoneWith is openLone with other options.
+func openLoneWith(tb testing.TB, size uint64, o Options) (*Volume, *Session) {
+	tb.Helper()
+	o.Volume, o.Name, o.Node, o.Links, o.Cluster = testVolume, "lone", "n1", loneLinks{}, loneCluster{}
+	o.Replica.Dir, o.Replica.BootID = tb.TempDir(), "b"
 	id, err := CreateReplica(tb.Context(), o, size)
 	if err != nil {
 		tb.Fatal(err)

@@ -243,6 +243,7 @@ func (n *testNode) Send(to ident.Node, vol ident.Volume, m wire.Message) {
 
 // Flush, Echo and EchoAge implement Links.
 func (n *testNode) Flush()                {}
+func (n *testNode) FlushSoon()            {}
 func (n *testNode) Echo(ident.Node) int64 { return 1 }
 func (n *testNode) EchoAge(ident.Node, int64) time.Duration {
 	n.mu.Lock()

@@ -45,8 +45,8 @@ func (rp *replica) perform() bool {
 	for i := range e.Early {
 		rp.send(&e.Early[i])
 	}
-	if len(e.Early) > 0 {
-		rp.v.opts.Links.Flush()
+	if len(e.Early) > 0 && (len(e.Append) > 0 || e.MetaDirty || e.Cut || e.Reset != nil) {
+		rp.v.opts.Links.Flush() // the peers work while the disk does
 	}
 	again, err := rp.performDisk(e)
 	if err != nil {
@@ -282,7 +282,12 @@ func (rp *replica) event(e core.Event) {
 // core asks for one run per peer at a time.
 func (rp *replica) runLogRead(q core.LogRead) {
 	defer rp.wg.Done()
-	entries, err := rp.log.Read(q.From, q.Bytes, nil)
+	var err error
+	// What is not applied yet is still in memory, for the most part.
+	entries := rp.overlay.read(q.From, q.Bytes, nil)
+	if len(entries) == 0 {
+		entries, err = rp.log.Read(q.From, q.Bytes, nil)
+	}
 	if err != nil {
 		rp.logger.Warn("read the log for a peer", "peer", q.Peer, "from", q.From, "error", err)
 		if !errors.Is(err, wal.ErrTrimmed) && !errors.Is(err, wal.ErrClosed) && !rp.alone() {

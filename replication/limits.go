@@ -4,10 +4,11 @@ import "time"
 
 // Every queue of this package and its bound, with the reason.
 const (
-	// overlayBytesDefault is payload memory of one volume's backlog. Beyond it
-	// entries stay in the overlay by reference into the log, whose bytes are in
-	// the page cache anyway.
-	overlayBytesDefault = 64 << 20
+	// memoryDefault is what one busy volume may hold in memory: see share.
+	memoryDefault = 64 << 20
+	// entryMemory is what an entry that is not applied takes without its payload:
+	// in the overlay and its index, and in the core's list of extents.
+	entryMemory = 128
 	// unappliedMaxDefault lets a bulk write run at the log's speed for about a
 	// second of a fast disk before it feels the backing store's.
 	unappliedMaxDefault = 512 << 20
@@ -17,8 +18,7 @@ const (
 	// forwardedMaxDefault requests from other nodes: two nodes with 64
 	// connections each and a window of 128 each. What is beyond is sent back to
 	// wait at its own node, where the NBD server bounds it.
-	forwardedMaxDefault   = 2 * 64 * 128
-	forwardedBytesDefault = 512 << 20
+	forwardedMaxDefault = 2 * 64 * 128
 	// checkpointMaxDefault bounds what a restart must replay, some seconds' work.
 	// The longer it takes, the more blocks are overwritten in the page cache and
 	// written to the disk once. Twice what the log retains anyway.
@@ -46,8 +46,8 @@ const (
 	// readTriesMax is how often a read starts over because an entry was applied
 	// under it, before it holds the applier back.
 	readTriesMax = 3
-	// windowBytes of entries may be in flight to one peer: some milliseconds of
-	// a 25 Gbit/s link.
+	// windowBytes of entries at the most may be in flight to one peer: some
+	// milliseconds of a 25 Gbit/s link.
 	windowBytes = 16 << 20
 	// appendBytesMax and appendEntriesMax bound one message, so that a peer
 	// acks often enough.
@@ -68,18 +68,44 @@ const (
 	blockStatusExtentsMax = 4096
 )
 
+// setDefaults fills what is not set. What a volume holds in memory is shared out
+// of l.Memory, in sixteenths:
+//
+//	7  payloads of entries that are not applied (overlay); beyond it such an entry
+//	   stays by reference into the log, whose bytes are in the page cache anyway
+//	1  payloads that the applier reads back from there, in one round
+//	2  entries that are not applied, without their payloads; beyond it new
+//	   requests wait
+//	4  in flight to a peer that does not read: the window of each
+//	2  the newest entries, for a peer that lags within memory
+//
+// Most payloads are in several of these at once, and are there once. A request
+// that waits to be admitted is its client's (nbd.Limits), or is forwarded: those
+// have another half.
 func (l *Limits) setDefaults() {
-	def(&l.OverlayBytes, overlayBytesDefault)
+	def(&l.Memory, memoryDefault)
+	def(&l.OverlayBytes, l.Memory*7/16)
+	def(&l.ForwardedBytes, l.Memory/2)
 	def(&l.UnappliedMax, unappliedMaxDefault)
+	def(&l.UnappliedEntries, int(l.Memory/8/entryMemory))
 	def(&l.ReadersMax, readersMaxDefault)
 	def(&l.ForwardedMax, forwardedMaxDefault)
-	def(&l.ForwardedBytes, forwardedBytesDefault)
 	def(&l.CheckpointMax, checkpointMaxDefault)
 	def(&l.CheckpointAge, checkpointAgeDefault)
 	def(&l.SyncBytes, syncBytesDefault)
 	def(&l.SyncAge, syncAgeDefault)
 	def(&l.LinkLease, linkLeaseDefault)
 }
+
+// window is how many bytes of entries may be in flight to one peer.
+func (l *Limits) window() int { return int(min(windowBytes, l.Memory/4)) }
+
+// ring is how many bytes of the newest entries the core keeps.
+func (l *Limits) ring() int { return int(l.Memory / 8) }
+
+// loadMax is how many bytes of payloads the applier reads back from the log at a
+// time, but at least one.
+func (l *Limits) loadMax() int { return int(l.Memory / 16) }
 
 // def sets *v to d when it is zero.
 func def[T comparable](v *T, d T) {

@@ -15,13 +15,18 @@ import (
 // away from its socket then, under the heaviest load.
 const turnRoundsMax = 16
 
-// turn steps the core with what is in the inbox, on the caller's goroutine. If
+// statusEvery is how old the picture is at the most that is shown of a replica
+// whose disk holds the loop up.
+const statusEvery = time.Second
+
+// turn steps the core with what is in the inbox, on the caller's goroutine. With
+// flushes the caller flushes the links soon after, for many volumes at once. If
 // another one is at that already, it does nothing: that one goes on until the
 // inbox is empty. The caller holds no lock, since answers are given and messages
 // sent from here; it may have to wait for the disk.
-func (rp *replica) turn() {
+func (rp *replica) turn(flushes bool) {
 	if rp.in.enter(false) {
-		rp.step(turnRoundsMax)
+		rp.step(turnRoundsMax, flushes)
 	}
 }
 
@@ -30,13 +35,12 @@ func (rp *replica) turn() {
 // It ends when ctx has ended, the inbox is closed and empty, and nobody has the
 // turn.
 func (rp *replica) runLoop(ctx context.Context) {
-	timer := time.NewTimer(untilNext(rp.clock, rp.tickEvery()))
-	defer timer.Stop()
+	defer rp.ticker.Stop()
 	done := ctx.Done()
 	rp.in.tick()
 	for {
 		if rp.in.enter(true) {
-			rp.step(0)
+			rp.step(0, false)
 		}
 		if done == nil && rp.in.end() {
 			return
@@ -45,15 +49,17 @@ func (rp *replica) runLoop(ctx context.Context) {
 		case <-done:
 			done = nil
 		case <-rp.in.wake:
-		case <-timer.C:
+		case <-rp.ticker.C:
 			rp.in.tick()
-			timer.Reset(untilNext(rp.clock, rp.tickEvery()))
+			rp.ticker.Reset(rp.ownTick())
 		}
 	}
 }
 
 // tickEvery is the time between two ticks of the core.
-func (rp *replica) tickEvery() time.Duration { return rp.opt.Heartbeat / 2 }
+func (rp *replica) tickEvery() time.Duration { return tickEvery(rp.opt.Heartbeat) }
+
+func tickEvery(heartbeat time.Duration) time.Duration { return heartbeat / 2 }
 
 // untilNext returns how long it is until the clock is a multiple of every. What
 // is done now and then is done then: all volumes of a node tick at the same
@@ -66,8 +72,10 @@ func untilNext(c Clock, every time.Duration) time.Duration {
 // step feeds the core what is in the inbox, again and again, and performs what
 // it decides, until the inbox is empty; after the given number of batches (0: no
 // limit) it leaves the rest to the loop. The caller has the turn, and has lost
-// it when step returns.
-func (rp *replica) step(rounds int) {
+// it when step returns. What it sends leaves at once, unless it is signs of life
+// alone: these leave soon, with those of other volumes, or when the caller
+// flushes.
+func (rp *replica) step(rounds int, flushes bool) {
 	for n := 1; ; n++ {
 		batch, ok := rp.in.next()
 		if !ok {
@@ -75,7 +83,9 @@ func (rp *replica) step(rounds int) {
 		}
 		now := rp.clock.Boot()
 		rp.core.ClientAt(core.Instant(rp.readAt.Load()))
+		idle := true
 		for i := range batch {
+			idle = idle && batch[i].kind == inMessage
 			rp.feed(&batch[i], now)
 		}
 		if now >= rp.nextTick {
@@ -85,15 +95,25 @@ func (rp *replica) step(rounds int) {
 			rp.core.DiskRead(rp.readers.oldest())
 			rp.core.Tick(now)
 			rp.tickBarriers(now)
-			st := rp.core.Status(now)
-			rp.lastStatus.Store(&st)
+			if now >= rp.nextStatus {
+				rp.nextStatus = now + core.Instant(statusEvery)
+				st := rp.core.Status(now)
+				rp.lastStatus.Store(&st)
+			}
 		}
 		rp.disk.loop.Store(int64(now))
-		for rp.perform() {
+		for again := true; again; {
 			// Its own appends are in the file: that may commit, or ack, something.
+			again = rp.perform()
+			idle = idle && len(rp.effects.Append)+len(rp.effects.Answers)+len(rp.effects.SealReplies) == 0
 		}
 		rp.disk.loop.Store(0)
-		rp.v.opts.Links.Flush()
+		switch {
+		case !idle:
+			rp.v.opts.Links.Flush()
+		case !flushes:
+			rp.v.opts.Links.FlushSoon()
+		}
 		if n == rounds {
 			rp.in.handOver()
 			return

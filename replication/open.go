@@ -128,6 +128,7 @@ func (rp *replica) openFiles() (core.Start, error) {
 		}
 	}
 	rp.overlay = newOverlay(cp.Applied.Seq, rp.v.opts.Limits.OverlayBytes)
+	rp.overlay.loadMax = rp.v.opts.Limits.loadMax()
 	err = log.Scan(cp.Applied.Seq+1, func(e *wire.Entry) error {
 		rp.overlay.addRef(e)
 		start.Tail = append(start.Tail, *e)
@@ -205,8 +206,8 @@ func (rp *replica) coreConfig() core.Config {
 		Node: rp.v.opts.Node, Volume: rp.v.opts.Volume, Replica: rp.id, Incarnation: rp.meta.Incarnation,
 		Heartbeat: int64(o.Heartbeat), LeaseFor: int64(o.LeaseFor), LeaseMax: rp.meta.LeaseMaxNanos,
 		DriftPPM: o.DriftPPM, StallTimeout: int64(o.StallTimeout), RetryAfter: int64(o.RetryAfter),
-		WindowBytes: windowBytes, AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,
-		UnappliedMax: l.UnappliedMax, DedupMax: dedupMax, LagMax: o.LagMax,
+		WindowBytes: l.window(), RingBytes: l.ring(), AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,
+		UnappliedMax: l.UnappliedMax, UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax, LagMax: o.LagMax,
 		ResyncMax: o.ResyncMax, ResyncMin: o.ResyncMin, ResyncChunk: o.ResyncChunk,
 	}
 }

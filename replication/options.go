@@ -56,6 +56,9 @@ type Links interface {
 	Send(to ident.Node, vol ident.Volume, m wire.Message)
 	// Flush lets go what Send has queued for any node.
 	Flush()
+	// FlushSoon is Flush within a millisecond, once for all who ask until then:
+	// for what nobody waits for.
+	FlushSoon()
 	// Echo returns the newest clock value of the node that was heard, for
 	// wire.Forward.Echo.
 	Echo(node ident.Node) int64
@@ -97,6 +100,7 @@ type Options struct {
 	Clock   Clock // nil: the host's
 	Logger  *slog.Logger
 	Alive   *AliveClock // the process's; nil: one of its own
+	Pulse   *Pulse      // the node's, for its replicas' heartbeat; nil: each ticks by itself
 	Limits  Limits
 	// View is the cluster state at the start, when it is known already.
 	View *core.View
@@ -127,10 +131,13 @@ type ReplicaOptions struct {
 
 // Limits bound what one volume may hold in memory (design I9).
 type Limits struct {
+	Memory       int64 // bytes that it holds when it is busy: the defaults of others are shares of it
 	OverlayBytes int64 // payload bytes of unapplied entries kept in memory
 	UnappliedMax int   // bytes of unapplied entries: above it new requests wait
-	ReadersMax   int   // reads that wait for the backing store at a time
-	ForwardedMax int   // requests of other nodes' clients that are under way here
+	// UnappliedEntries bounds their number likewise.
+	UnappliedEntries int
+	ReadersMax       int // reads that wait for the backing store at a time
+	ForwardedMax     int // requests of other nodes' clients that are under way here
 	// ForwardedBytes bounds the bytes that these read or write.
 	ForwardedBytes int64
 	CheckpointMax  int64         // bytes applied after which a checkpoint is made

@@ -21,8 +21,10 @@ const (
 	// that a read which began before they were applied can tell whether they
 	// touched its bytes.
 	removedRing = 1024
-	// spareLists bounds the emptied lists that are kept to be used again.
-	spareLists = 1024
+	// spareLists bounds the emptied lists that are kept to be used again: as many
+	// as small writes at random places have under way before the applier is done
+	// with them, at 32 to 40 bytes each.
+	spareLists = 16 << 10
 )
 
 // overlayEntry is one entry that is in the log and not yet, or not surely, in
@@ -64,8 +66,9 @@ type overlay struct {
 	chunks  map[uint64]seqList
 	spare   []seqList // emptied lists, to be used again
 	big     seqList
-	bytes   int64 // payload held in memory
+	bytes   int64 // memory of the payloads that are held
 	limit   int64
+	loadMax int // bytes of payloads, not held, that one round of the applier takes; 0: no bound
 
 	// applying is the newest seq that the applier has begun to write.
 	applying ident.Seq
@@ -138,7 +141,7 @@ func (o *overlay) addLocked(e *wire.Entry, keep bool) {
 	if e.Kind == wire.KindMarker {
 		oe.off, oe.end = 0, 0
 	}
-	if n := int64(e.PayloadLen()); keep && n > 0 && o.bytes+n <= o.limit {
+	if n := e.Payload.Size(); keep && n > 0 && o.bytes+n <= o.limit {
 		oe.payload = e.Payload.Retain()
 		o.bytes += n
 	}
@@ -205,6 +208,9 @@ func (l *seqList) push(seq ident.Seq) {
 		n := copy(l.seqs, l.seqs[l.head:])
 		l.seqs, l.head = l.seqs[:n], 0
 	}
+	if l.seqs == nil {
+		l.seqs = make([]ident.Seq, 0, 4) // one is seldom all
+	}
 	l.seqs = append(l.seqs, seq)
 }
 
@@ -239,7 +245,7 @@ func (o *overlay) cut(seq ident.Seq) {
 
 func (o *overlay) dropLocked(e *overlayEntry) {
 	if e.payload != nil {
-		o.bytes -= int64(len(e.payload.B))
+		o.bytes -= e.payload.Size()
 		e.payload.Release()
 	}
 	*e = overlayEntry{}
@@ -261,18 +267,44 @@ func (o *overlay) begin(to ident.Seq, calm bool, dst []applyEntry) []applyEntry 
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	size := 0
+	size, load := 0, 0
 	for seq := o.first; seq <= to && seq < o.nextLocked(); seq++ {
 		e := o.atLocked(seq)
 		if e.kind == wire.KindData {
 			size += int(e.end - e.off)
+			if e.payload == nil {
+				load += int(e.end - e.off)
+			}
 		}
-		if len(dst) > 0 && (size > bytesMax || len(dst) >= entriesMax) {
+		if len(dst) > 0 && (size > bytesMax || load > o.loadMax && o.loadMax > 0 || len(dst) >= entriesMax) {
 			break
 		}
 		e.payload.Retain()
 		dst = append(dst, applyEntry{seq: seq, overlayEntry: *e})
 		o.applying = seq
+	}
+	return dst
+}
+
+// read appends the entries from the given seq on to dst, until they change the
+// given bytes or more, each with a reference of its payload; as far as
+// they are all held: it ends at the first that is not, and at a marker.
+func (o *overlay) read(from ident.Seq, bytes int, dst []wire.Entry) []wire.Entry {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if from < o.first {
+		return dst
+	}
+	for seq, got := from, 0; seq < o.nextLocked() && got < bytes; seq++ {
+		e := o.atLocked(seq)
+		if e.kind == wire.KindMarker || e.kind == wire.KindData && e.payload == nil {
+			break
+		}
+		dst = append(dst, wire.Entry{
+			Pos: ident.Position{Epoch: e.epoch, Seq: seq}, Kind: e.kind, Flags: e.flags, Off: e.off, Len: e.end - e.off,
+			Session: e.session, Request: e.request, PayloadCRC: e.crc, Payload: e.payload.Retain(),
+		})
+		got += int(e.end-e.off) + entryMemory
 	}
 	return dst
 }

@@ -38,6 +38,20 @@ func TestOverlayAgainstModel(t *testing.T) {
 				log = append(log, e)
 				o.add(log[len(log)-1:])
 			},
+			"read": func(rt *rapid.T) {
+				from := rapid.IntRange(1, len(log)+1).Draw(rt, "from")
+				got := o.read(ident.Seq(from), rapid.IntRange(1, 64<<10).Draw(rt, "bytes"), nil)
+				if len(got) > 0 && from <= held {
+					rt.Fatalf("entry %d is applied, and is read", from)
+				}
+				for i := range got {
+					e, want := &got[i], &log[from-1+i]
+					if e.Pos != want.Pos || e.Kind != want.Kind || e.Off != want.Off || e.Len != want.Len || e.Payload != want.Payload {
+						rt.Fatalf("read %+v, want %+v", e, want)
+					}
+					e.Payload.Release()
+				}
+			},
 			"cut": func(rt *rapid.T) {
 				n := rapid.IntRange(held, len(log)).Draw(rt, "to")
 				o.cut(ident.Seq(n))

@@ -68,6 +68,7 @@ type replica struct {
 	readers      readPool
 	disk         diskWatch
 
+	ticker   *time.Timer // fires when a tick is due, or when the pulse is late
 	ctx      context.Context
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup // all but the loop
@@ -75,6 +76,7 @@ type replica struct {
 
 	// What follows belongs to who has the turn.
 	nextTick   core.Instant
+	nextStatus core.Instant
 	core       *core.Core
 	effects    core.Effects
 	published  core.Gate
@@ -181,6 +183,7 @@ func createFiles(ctx context.Context, o *Options, ro *ReplicaOptions, id ident.R
 // start starts the goroutines.
 func (rp *replica) start() {
 	rp.ctx, rp.cancel = context.WithCancel(context.Background())
+	rp.ticker = time.NewTimer(rp.ownTick())
 	rp.wg.Add(4)
 	go rp.runStallWatch(rp.ctx)
 	go rp.runSyncer(rp.ctx)
@@ -190,6 +193,9 @@ func (rp *replica) start() {
 		defer close(rp.loopDone)
 		rp.runLoop(rp.ctx)
 	}()
+	if p := rp.v.opts.Pulse; p != nil {
+		p.join(rp)
+	}
 }
 
 // stop ends the goroutines and closes the files; when clean, everything is
@@ -197,6 +203,9 @@ func (rp *replica) start() {
 func (rp *replica) stop(clean bool) error {
 	if rp.stopping.Swap(true) {
 		return nil // it ended when it had no room
+	}
+	if p := rp.v.opts.Pulse; p != nil {
+		p.leave(rp)
 	}
 	_ = rp.call(context.Background(), func(now core.Instant) {
 		// As far as its requests are concerned, a core that has failed is one

@@ -178,6 +178,6 @@ func (rp *replica) runSyncer(ctx context.Context) {
 		rp.v.stages.observe(StageLogSync, began)
 		rp.syncer.done(seq, gen)
 		rp.in.pushQuiet(input{kind: inSyncEnded, seq: seq, id: gen})
-		rp.turn()
+		rp.turn(false)
 	}
 }

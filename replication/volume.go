@@ -213,7 +213,7 @@ func (v *Volume) Size() uint64 { return v.size.Load() }
 const statusWait = 100 * time.Millisecond
 
 // Status returns a picture of the volume. When the loop is held up by the disk
-// it is some ticks old.
+// it is as old as that, and a second more.
 func (v *Volume) Status() Status {
 	v.cmu.Lock()
 	s := Status{Replica: v.rep() != nil, Held: len(v.held), Remote: len(v.table), Sessions: len(v.sessions)}
@@ -242,6 +242,20 @@ func (v *Volume) Status() Status {
 	s.Stall = rp.stall()
 	s.Storage = rp.storageStatus()
 	return s
+}
+
+// Memory returns the bytes of payloads that the volume's replica holds: in the
+// overlay, and as the newest entries, some of which are in both.
+func (v *Volume) Memory() (overlay, ring int64) {
+	rp := v.rep()
+	if rp == nil {
+		return 0, 0
+	}
+	_, overlay = rp.overlay.stats()
+	if st := rp.lastStatus.Load(); st != nil {
+		ring = int64(st.RingBytes) // of the last tick
+	}
+	return overlay, ring
 }
 
 // Checkpoint makes the backing store durable up to what is applied, and the log

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/pflag"
@@ -74,6 +75,9 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
 	hooks := daemon.Hooks{Level: level, Hangup: hangup, Load: func() (*config.Config, error) { return config.Load(file, fs) }}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		hooks.MemoryLimit = func(n int64) { debug.SetMemoryLimit(n) }
+	}
 	sockets, err := daemon.Inherited()
 	if err == nil {
 		err = daemon.Run(ctx, cfg, newLogger(cfg.Log.Format, level, errOut), hooks, sockets...)

@@ -17,7 +17,8 @@ type job struct {
 	rw    string // fio's readwrite
 	bs    string
 	depth int
-	jobs  int // connections; 0: one
+	jobs  int      // connections; 0: one
+	also  []string // further exports that have the same load at the same time
 	extra []string
 }
 
@@ -34,6 +35,8 @@ type sample struct {
 	// CPU is utime+stime of all daemons in seconds, until they have settled
 	// after the job: what they put off is theirs as well.
 	CPU float64 `json:"cpu_s"`
+	// Peak is the highest anonymous memory of one daemon, in bytes; 0: not sampled.
+	Peak int64 `json:"peak_bytes,omitempty"`
 }
 
 // cpuPer100k returns CPU seconds per 100,000 operations.
@@ -75,13 +78,17 @@ func runFio(ctx context.Context, uri string, j job, seconds float64, size int64)
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(seconds*1e9)+fioSlack, errHung)
 	defer cancel()
 	args := []string{
-		"--name=bench", "--ioengine=nbd", "--uri=" + uri, "--rw=" + j.rw, "--bs=" + j.bs,
+		"--ioengine=nbd", "--rw=" + j.rw, "--bs=" + j.bs,
 		"--iodepth=" + strconv.Itoa(j.depth), "--size=" + strconv.FormatInt(size, 10),
 		"--output-format=json", "--group_reporting=1", "--numjobs=" + strconv.Itoa(max(j.jobs, 1)),
 		"--randrepeat=0", "--norandommap=1", "--thread=1",
 		"--time_based=1", fmt.Sprintf("--runtime=%.0fms", seconds*1000),
 	}
-	cmd := exec.CommandContext(ctx, "fio", append(args, j.extra...)...)
+	args = append(args, j.extra...) // all of them before the first name: they hold for each
+	for i, uri := range append([]string{uri}, j.also...) {
+		args = append(args, "--name=bench"+strconv.Itoa(i), "--uri="+uri)
+	}
+	cmd := exec.CommandContext(ctx, "fio", args...)
 	var errText bytes.Buffer
 	cmd.Stderr = &errText
 	out, err := cmd.Output()

@@ -17,6 +17,7 @@ type system struct {
 	name  string
 	uri   string
 	procs []*process
+	bytes int64 // of the device that jobs use; 0: imageBytes
 	// awake is called before each job, to see that it is whole.
 	awake func(ctx context.Context) error
 }

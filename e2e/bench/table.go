@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -176,7 +177,7 @@ func measure(ctx context.Context, s *system, j job, seconds float64) (sm sample,
 		if err != nil {
 			return sample{}, err
 		}
-		sm, err = runFio(ctx, s.uri, j, seconds, imageBytes)
+		sm, err = runFio(ctx, s.uri, j, seconds, cmp.Or(s.bytes, imageBytes))
 		if errors.Is(err, errHung) {
 			continue
 		}

@@ -55,7 +55,7 @@ var abouts = map[string]about{
 
 	"resync.rate_max":     {help: "ceiling of a resync, bytes a second; 0: none", live: true},
 	"resync.rate_min":     {help: "what a resync gets beside client I/O, bytes a second", live: true},
-	"memory.volume":       {help: "bytes that one busy volume may hold in memory"},
+	"memory.volume":       {help: "bytes that one busy volume may hold in memory, over 64 MiB a node; beyond it writes wait for the disks"},
 	"memory.nbd":          {help: "bytes of payloads of all NBD connections"},
 	"raft.heartbeat":      {help: "silence after which a node looks for another Raft leader"},
 	"raft.election":       {help: "how long a candidate waits for votes"},

@@ -74,7 +74,7 @@ var keys = []key{
 	{name: "resync.rate_max", kind: kindSize, def: "0", min: 0, max: unbounded},
 	{name: "resync.rate_min", kind: kindSize, def: "4MiB", min: 0, max: unbounded},
 	{name: "memory.volume", kind: kindSize, def: "64MiB", min: 8 << 20, max: 1 << 40},
-	{name: "memory.nbd", kind: kindSize, def: "128MiB", min: 64 << 20, max: 1 << 40},
+	{name: "memory.nbd", kind: kindSize, def: "32MiB", min: 32 << 20, max: 1 << 40},
 	{name: "memory.nbd_connection", kind: kindSize, def: "32MiB", min: 32 << 20, max: 1 << 40},
 	{name: "raft.heartbeat", kind: kindDuration, def: "700ms", min: 20, max: 60_000},
 	{name: "raft.election", kind: kindDuration, def: "700ms", min: 20, max: 60_000},

@@ -58,7 +58,7 @@ func TestListenerErrors(t *testing.T) {
 		"  listen: [\"fd://\"]\n":                                             `FILE:9: nbd.listen[0]: "fd://" names no socket; write fd://NAME with the FileDescriptorName= of systemd's socket unit`,
 		"  listen: [\"fd://a\", \"fd://a\"]\n":                                `FILE:9: nbd.listen: a is used by nbd.listen already; give each its own address`,
 		"  listen: [\"tcp://:1\"]\n  stall_timeout: 1ms\n":                    `FILE:10: nbd.stall_timeout: 1ms is out of range; allowed are 1s to 24h0m0s, written like 300ms, 2s or 1m30s`,
-		"  listen: [\"tcp://:1\"]\nmemory: {nbd_connection: 1GiB}\n":          `FILE:10: memory.nbd_connection: 1GiB is more than memory.nbd, 128MiB; lower it, or raise memory.nbd`,
+		"  listen: [\"tcp://:1\"]\nmemory: {nbd_connection: 1GiB}\n":          `FILE:10: memory.nbd_connection: 1GiB is more than memory.nbd, 32MiB; lower it, or raise memory.nbd`,
 		"  listen: {address: \"tcp://:1\"}\n":                                 `FILE:9: nbd.listen: is not a list of addresses; write it like ["unix:///run/blockstep/nbd.sock", "tcp://127.0.0.1:10809"]`,
 	} {
 		file := write(t, withNBD(section))

@@ -58,6 +58,7 @@ type Daemon struct {
 	failover *raft.Controller
 	links    *peer.Manager
 	alive    *replication.AliveClock
+	pulse    *replication.Pulse
 	nbd      *nbd.Server
 	attach   *attach.Manager
 	attached atomic.Pointer[attach.Manager] // attach, for those that may ask before it is open
@@ -94,6 +95,9 @@ type Hooks struct {
 	Level *slog.LevelVar
 	// Hangup receives when the configuration is to be read again.
 	Hangup <-chan os.Signal
+	// MemoryLimit is told how much memory the process is to hold at the most,
+	// again whenever that changes.
+	MemoryLimit func(bytes int64)
 }
 
 // Run runs a node until ctx ends, and stops it cleanly. It returns the error
@@ -150,9 +154,12 @@ func (d *Daemon) open(ctx context.Context) error {
 	if err := d.openCluster(ctx); err != nil {
 		return err
 	}
+	d.setMemory()
 	d.openLinks()
 	d.alive = replication.NewAliveClock(nil, 0)
+	d.pulse = replication.NewPulse(nil, d.cfg.Volume.Heartbeat)
 	d.wg.Go(func() { d.alive.Run(d.ctx) })
+	d.wg.Go(func() { d.pulse.Run(d.ctx) })
 	d.wg.Go(func() { d.runCurrent(d.ctx) })
 	d.wg.Go(func() { d.runVolumes(d.ctx) })
 	d.wg.Go(func() { d.runRemarks(d.ctx) })

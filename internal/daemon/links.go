@@ -75,7 +75,7 @@ func (d *Daemon) Messages(from ident.Node, batch []wire.Envelope) {
 func (d *Daemon) Settle(_ ident.Node, vols []ident.Volume) {
 	for _, id := range vols {
 		if v := d.volume(id); v != nil {
-			v.driver.Settle()
+			v.driver.SettleQuiet()
 		}
 	}
 	d.links.Flush()

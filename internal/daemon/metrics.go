@@ -9,7 +9,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/version"
 	"github.com/blockstep/blockstep/nbd"
 	"github.com/blockstep/blockstep/replication"
@@ -135,7 +134,6 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	d := c.d
 	gauge(ch, descInfo, 1, version.String())
 	gauge(ch, descLeader, flag(d.raft.IsLeader()))
-	gauge(ch, descBuffers, float64(buf.InUse()))
 	for _, l := range d.links.Status() {
 		n := string(l.Node)
 		gauge(ch, descLink, flag(l.Connected && l.Heard), n)
@@ -193,6 +191,7 @@ func collectStages(ch chan<- prometheus.Metric, v *volume) {
 
 func (c *collector) collectNBD(ch chan<- prometheus.Metric) {
 	st := c.d.nbd.Stats()
+	c.collectMemory(ch, &st)
 	gauge(ch, descConns, float64(st.Connections))
 	for op, o := range st.Ops {
 		counter(ch, descOpBytes, float64(o.Bytes), op.String())

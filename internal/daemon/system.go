@@ -10,6 +10,7 @@ import (
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/version"
 )
 
@@ -50,7 +51,12 @@ const (
 func (d *Daemon) runBeat(ctx context.Context) {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
+	trimmed := time.Now()
 	for {
+		if time.Since(trimmed) >= trimEvery {
+			buf.Trim()
+			trimmed = time.Now()
+		}
 		d.vmu.RLock()
 		d.beat.Store(int64(time.Since(d.start)))
 		d.vmu.RUnlock()

@@ -196,8 +196,8 @@ func (d *Daemon) openVolume(ctx context.Context, sv *state.Volume) (*volume, err
 	view := d.viewOf(sv)
 	opts := replication.Options{
 		Volume: sv.ID, Name: sv.Name, Node: d.self,
-		Links: d.links, Cluster: clusterOf{d}, Logger: d.log, Alive: d.alive, View: &view,
-		Limits: replication.Limits{OverlayBytes: d.cfg.Memory.Volume},
+		Links: d.links, Cluster: clusterOf{d}, Logger: d.log, Alive: d.alive, Pulse: d.pulse, View: &view,
+		Limits: replication.Limits{Memory: d.cfg.Memory.Volume},
 	}
 	var problem error
 	rep := sv.Replica(d.self)
@@ -223,6 +223,7 @@ func (d *Daemon) openVolume(ctx context.Context, sv *state.Volume) (*volume, err
 		}
 	}
 	d.vmu.Unlock()
+	d.setMemory()
 	d.log.Info("volume is open", "volume", sv.Name, "replica", v.replica.Load())
 	return v, problem
 }
@@ -231,6 +232,7 @@ func (d *Daemon) closeVolume(v *volume) {
 	d.vmu.Lock()
 	delete(d.vols, v.id)
 	d.vmu.Unlock()
+	defer d.setMemory() // when it holds nothing more
 	if err := v.driver.Stop(); err != nil {
 		d.log.Error("volume did not stop cleanly", "volume", v.name, "err", err)
 	}

@@ -156,7 +156,7 @@ func (s *Sim) config(n *node) core.Config {
 		Heartbeat: heartbeat, LeaseFor: leaseFor, LeaseMax: leaseFor, DriftPPM: driftPPM,
 		StallTimeout: 2 * leaseFor, RetryAfter: 4 * heartbeat,
 		WindowBytes: 64 * 96, AppendBytesMax: 16 * 96, AppendEntriesMax: 16,
-		UnappliedMax: 256 * 96, DedupMax: s.opt.DedupMax, LagMax: 200 * 96, ResyncChunk: 4 * blockSize, ResyncMax: s.opt.Rate, ResyncMin: s.opt.Rate / 4,
+		UnappliedMax: 256 * 96, UnappliedEntries: 192, DedupMax: s.opt.DedupMax, LagMax: 200 * 96, ResyncChunk: 4 * blockSize, ResyncMax: s.opt.Rate, ResyncMin: s.opt.Rate / 4,
 	}
 }
 

@@ -27,7 +27,9 @@ type Config struct {
 	WindowBytes      int // entries in flight to one peer
 	AppendBytesMax   int // payload bytes of one Append (one entry may exceed it)
 	AppendEntriesMax int
+	RingBytes        int   // payload of the newest entries that are kept in memory; 0: two windows
 	UnappliedMax     int   // bytes of entries that are not applied: above it new requests wait
+	UnappliedEntries int   // entries that are not applied, each of which takes some memory: likewise; 0: no bound
 	DedupMax         int   // (session, request) pairs that are remembered
 	LagMax           int64 // bytes of log beyond which a lagging replica is evicted
 
@@ -327,5 +329,6 @@ type Status struct {
 	LeaseLeft int64 // ns
 	Suspended bool  // holds I/O at the moment
 	Waiting   int   // requests that are held
+	RingBytes int   // payload of the newest entries, kept in memory
 	Peers     []PeerStatus
 }

@@ -146,7 +146,9 @@ func New(cfg Config, start Start, now Instant) *Core {
 		trim: start.Base.Seq, trimmed: start.Base.Seq, ahead: start.Last.Seq,
 		failed: start.Failed, links: map[ident.Node]bool{},
 	}
-	c.ring.limit = 2 * cfg.WindowBytes
+	if c.ring.limit = cfg.RingBytes; c.ring.limit == 0 {
+		c.ring.limit = 2 * cfg.WindowBytes
+	}
 	c.dedup = dedupRing{max: max(cfg.DedupMax, 1), floor: start.DedupFloor, ents: slices.Clone(start.Dedup)}
 	if len(c.hist) == 0 {
 		c.hist = history{{Epoch: start.Base.Epoch, First: start.Base.Seq}}

@@ -5,7 +5,10 @@ const (
 	ringEntriesMax = 64 << 10
 	// ringTailShare is what part of the ring's room the newest entries keep when
 	// every peer that listens has been sent them: one may have to be told again.
-	ringTailShare = 32
+	// ringTailMax bounds it: a buffer that is used again soon is still in the
+	// processor's cache.
+	ringTailShare = 8
+	ringTailMax   = 1 << 20
 	// drainSettle is how long a drained primary waits for the connected
 	// members of the in-sync set to hold its whole log, in ns: so that the node
 	// that is to take over is among the best.

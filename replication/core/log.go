@@ -95,12 +95,12 @@ func (r *entryRing) push(e wire.Entry) {
 
 // shrink drops the oldest entries: those up to sent, that no peer waits for, down
 // to a short tail; and beyond the limit all but those after keep, which are not
-// handed to the driver yet. A buffer that is used again soon is still in the
-// processor's cache.
+// handed to the driver yet.
 func (r *entryRing) shrink(sent, keep ident.Seq) {
+	tail := min(r.limit/ringTailShare, ringTailMax)
 	for r.len() > 0 {
 		many := r.bytes > r.limit || r.len() > ringEntriesMax
-		if !(many && r.first() <= keep) && !(r.bytes > r.limit/ringTailShare && r.first() <= min(sent, keep)) {
+		if !(many && r.first() <= keep) && !(r.bytes > tail && r.first() <= min(sent, keep)) {
 			break
 		}
 		e := &r.ents[r.head]

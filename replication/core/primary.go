@@ -194,7 +194,13 @@ func (c *Core) serving() bool {
 
 // admitting reports whether a new entry may be appended now.
 func (c *Core) admitting() bool {
-	return c.serving() && c.now >= c.p.pausedUntil && c.unapplied.total < c.cfg.UnappliedMax && !c.resyncHolds()
+	return c.serving() && c.now >= c.p.pausedUntil && !c.crowded() && !c.resyncHolds()
+}
+
+// crowded reports whether so much is not applied that new entries must wait: for
+// the backing store, or for what it waits for.
+func (c *Core) crowded() bool {
+	return c.unapplied.total >= c.cfg.UnappliedMax || c.cfg.UnappliedEntries > 0 && c.last.Seq-c.applied >= ident.Seq(c.cfg.UnappliedEntries)
 }
 
 // Request takes a client's write or flush. The core takes over one reference of

@@ -103,11 +103,17 @@ func (c *Core) holds(p ident.Position) bool {
 // than it has taken, so it falls behind and is evicted by and by. What waits for
 // a commit alone does not count: only newer entries can bring that.
 func (c *Core) full() bool {
+	ready := min(c.commit, c.durable)
+	// It may hold twice as much as its primary: one that is a little slower is
+	// not to lose its place for that.
+	if most := ident.Seq(2 * c.cfg.UnappliedEntries); most > 0 && (ready-min(ready, c.applied) > most || c.last.Seq-c.durable > most) {
+		return true
+	}
 	limit := 2 * c.cfg.UnappliedMax
 	if c.unapplied.total <= limit {
 		return false
 	}
-	backlog := c.unapplied.cost(c.applied, min(c.commit, c.durable))
+	backlog := c.unapplied.cost(c.applied, ready)
 	return backlog > limit || c.unapplied.cost(c.durable, c.last.Seq) > limit
 }
 

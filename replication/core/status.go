@@ -7,7 +7,7 @@ func (c *Core) Status(now Instant) Status {
 	c.advance(now)
 	s := Status{
 		Role: c.role, State: c.ownState(), Reason: c.failed, Promise: c.promise, View: c.view,
-		Last: c.last, Commit: c.commit, Durable: c.durable, Applied: c.applied, Waiting: len(c.queue),
+		Last: c.last, Commit: c.commit, Durable: c.durable, Applied: c.applied, Waiting: len(c.queue), RingBytes: c.ring.bytes,
 	}
 	if !c.isPrimary() {
 		return s

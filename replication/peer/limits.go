@@ -30,6 +30,10 @@ const (
 	// notSentBytes is what the kernel may hold unsent before we keep the rest,
 	// so that pings and acks can still overtake it (TCP_NOTSENT_LOWAT).
 	notSentBytes = 512 << 10
+	// soonAfter is how long what nobody waits for may wait for more of its kind:
+	// nothing against a lease, and long enough that all volumes of a node have
+	// had their turn when they tick.
+	soonAfter = 500 * time.Microsecond
 	// slabKeep is the capacity up to which an idle link keeps its buffer for
 	// headers.
 	slabKeep = 256 << 10
@@ -48,8 +52,9 @@ const (
 
 	// watchesPerPing is how often in a ping interval it is looked whether the
 	// reader of a connection is held up: with pings every 300 ms one that is
-	// has been so for 100 to 200 ms, well below any lease.
-	watchesPerPing = 3
+	// has been so for 150 to 300 ms, well below any lease. As often as a replica
+	// ticks, and at the same moments: that wakes an idle process once.
+	watchesPerPing = 2
 	// heardPings is the number of ping intervals without a sign of life after
 	// which a peer counts as not heard.
 	heardPings = 4

@@ -94,6 +94,8 @@ type Manager struct {
 	clusterID atomic.Pointer[string]
 	// peers is replaced, never changed: Send reads it without a lock.
 	peers      atomic.Pointer[peerSet]
+	soon       *time.Timer   // of runTicker: a FlushSoon is due
+	soonDue    atomic.Bool   // soon is set
 	handshakes chan struct{} // one token for each accepted connection that is not done with its handshake
 
 	ctx    context.Context
@@ -142,6 +144,7 @@ func NewManager(opt Options) *Manager {
 		instance:   rand.Uint64(),
 		shift:      1<<60 + rand.Int64N(1<<60),
 		handshakes: make(chan struct{}, handshakesMax),
+		soon:       time.NewTimer(time.Hour),
 	}
 	m.started = m.now()
 	m.clusterID.Store(&opt.ClusterID)
@@ -220,6 +223,14 @@ func (m *Manager) Flush() {
 	}
 }
 
+// FlushSoon is Flush in soonAfter, once for all who ask until then: the signs of
+// life of many idle volumes, which come at the same moment, leave together.
+func (m *Manager) FlushSoon() {
+	if !m.soonDue.Load() && m.soonDue.CompareAndSwap(false, true) {
+		m.soon.Reset(soonAfter)
+	}
+}
+
 // Status returns a picture of each link, sorted by node.
 func (m *Manager) Status() []LinkStatus {
 	var list []LinkStatus
@@ -260,17 +271,25 @@ func (m *Manager) begin() bool {
 // too long.
 func (m *Manager) runTicker() {
 	defer m.wg.Done()
-	t := time.NewTicker(m.opt.Ping / watchesPerPing)
+	every := m.opt.Ping / watchesPerPing
+	next := func() time.Duration { return every - time.Duration(m.opt.Clock())%every }
+	t := time.NewTimer(next())
 	defer t.Stop()
+	defer m.soon.Stop()
 	for n := 1; ; n++ {
 		select {
 		case <-t.C:
+			t.Reset(next())
 			for _, l := range m.peers.Load().list {
 				l.in.watch(m)
 				if n%watchesPerPing == 0 {
 					l.tick()
 				}
 			}
+		case <-m.soon.C:
+			n-- // no tick
+			m.soonDue.Store(false)
+			m.Flush()
 		case <-m.ctx.Done():
 			return
 		}

@@ -263,6 +263,12 @@ func (s *Store) done(op string, err error) error {
 	if err == nil {
 		return nil
 	}
+	return s.fail(op, err)
+}
+
+// fail keeps its argument: apart from done, which then need not allocate one for
+// each call that went well.
+func (s *Store) fail(op string, err error) error {
 	err = fmt.Errorf("store: %w: %s: %w", ErrFailed, op, err)
 	if !s.failure.CompareAndSwap(nil, &err) {
 		return *s.failure.Load()
