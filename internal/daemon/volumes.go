@@ -184,8 +184,8 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 
 // replicaLost words the error of a replica that does not open.
 func (d *Daemon) replicaLost(sv *state.Volume, rep *state.Replica, err error) error {
-	if busyDevice(rep.Device, err) && !rep.Failed {
-		return &deviceError{rep.Device, errInUse}
+	if dev := waitsFor(rep.Device, err); dev != nil {
+		return dev
 	}
 	return fmt.Errorf("%w; if its disk is lost: blockstep invalidate %s --node %s", err, sv.Name, d.self)
 }
@@ -367,6 +367,9 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 	replace := rep.Failed && !sv.InSet(d.self)
 	switch {
 	case err == nil && rep.Replica == local && !d.shallRemake(sv.ID, rep):
+		if errors.Is(deviceHere(rep.Device, 0), errFileHere) {
+			return nil, &deviceError{rep.Device, errFileHere}
+		}
 		return ro, nil
 	case !d.isCurrent():
 		return nil, errNotCurrent
@@ -405,8 +408,8 @@ func (d *Daemon) makeReplica(ctx context.Context, sv *state.Volume, ro *replicat
 		}
 	}
 	id, err := replication.CreateReplica(ctx, replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
-	if busyDevice(ro.Store, err) {
-		return 0, &deviceError{ro.Store, errInUse}
+	if dev := waitsFor(ro.Store, err); dev != nil {
+		return 0, dev
 	}
 	if err != nil {
 		return 0, err
