@@ -407,6 +407,8 @@ func (d *Daemon) makeReplica(ctx context.Context, sv *state.Volume, ro *replicat
 			return 0, &deviceError{ro.Store, err}
 		}
 	}
+	ctx, done := d.whileWanted(ctx, sv.ID)
+	defer done()
 	id, err := replication.CreateReplica(ctx, replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
 	if dev := waitsFor(ro.Store, err); dev != nil {
 		return 0, dev
@@ -416,6 +418,22 @@ func (d *Daemon) makeReplica(ctx context.Context, sv *state.Volume, ro *replicat
 	}
 	d.log.Info("replica made", "volume", sv.Name, "dir", ro.Dir, "replica", fmt.Sprintf("%016x", uint64(id)))
 	return id, nil
+}
+
+// whileWanted gives a context that ends when the cluster state wants no replica of
+// a volume here any more: to make one may take hours, and a device that nobody
+// needs is free before that. Whoever asks calls done.
+func (d *Daemon) whileWanted(ctx context.Context, id ident.Volume) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		d.until(ctx, func(s *state.State) bool {
+			v := s.Volumes[id]
+			return v == nil || v.Deleted || v.Replica(d.self) == nil
+		})
+		cancel()
+	})
+	return ctx, func() { cancel(); wg.Wait() }
 }
 
 // localReplica reads the id of the replica in dir; fs.ErrNotExist when there is
