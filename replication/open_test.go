@@ -124,6 +124,75 @@ func TestSparseFileThatIsGone(t *testing.T) {
 	})
 }
 
+// A replica that failed is taken back at an operator's word: as amnesiac, and with
+// its log and checkpoint written anew, since after an fsync that failed the page
+// cache may show of them what no disk has. One that does not verify stays failed.
+func TestReadmit(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		c := &testCluster{t: t, size: 8 << 20}
+		mem := vfs.NewMem(1)
+		o := oneReplica(t, c, mem, "")
+		old, copied := map[string]bool{}, "" // files that were there, and were not replaced yet
+		o.Replica.FS = vfs.Inject(mem, func(call vfs.Call) error {
+			switch {
+			case call.Op == vfs.OpOpen && old[call.Path]:
+				copied = call.Path
+			case call.Op == vfs.OpRename:
+				delete(old, copied)
+			}
+			return nil
+		})
+		fail := func() {
+			t.Helper()
+			mf, err := store.OpenMeta(mem, "/v/meta")
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := mf.Load()
+			m.Failed = "fsync the log: no more sectors"
+			if err := errors.Join(mf.Write(m), mf.Close()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		fail()
+		v, err := Open(t.Context(), o)
+		if err != nil || v.Status().Core.State != "Failed" {
+			t.Fatalf("a failed replica opens as %+v, %v", v.Status().Core, err)
+		}
+		logs, err := mem.List("/v/log")
+		if err != nil || len(logs) == 0 {
+			t.Fatalf("%v, %v", logs, err)
+		}
+		for _, n := range logs {
+			old["/v/log/"+n] = true
+		}
+		old["/v/checkpoint.0"], old["/v/checkpoint.1"] = true, true
+		if err := v.Readmit(*o.Replica); err != nil {
+			t.Fatal(err)
+		}
+		if m := metaOf(t, mem); v.Status().Core.State == "Failed" || m.Failed != "" || !m.Amnesiac {
+			t.Errorf("taken back: %+v, %+v", v.Status().Core, m)
+		}
+		if len(old) > 0 {
+			t.Errorf("not written anew: %v", old)
+		}
+		v.Kill()
+		fail()
+		if v, err = Open(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+		if err := mem.Remove("/v/data"); err != nil {
+			t.Fatal(err)
+		}
+		if err := v.Readmit(*o.Replica); err == nil || metaOf(t, mem).Failed == "" {
+			t.Errorf("without its content it is taken back: %v, %+v", err, metaOf(t, mem))
+		}
+		if err := v.Stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 func truncate(fs vfs.FS, path string, size int64) error {
 	f, err := fs.Open(path, 0)
 	if err != nil {

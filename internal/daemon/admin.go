@@ -461,6 +461,9 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 	if res.Loss != state.LossNone || r.Force {
 		out.Lost = "answered writes that only the missing replicas hold are gone; every NBD session from before ends with an error. A primary that still runs on a side that cannot be reached is not stopped by this: make sure that it is off."
 	}
+	if rep := sv.Replica(ident.Node(out.Primary)); rep != nil && rep.Failed {
+		out.Lost = fmt.Sprintf("the replica on %s, which had failed (%s), is taken back with what its disk held still: check the content (fsck). What it had acknowledged and not fsynced may be gone, and ", out.Primary, rep.Reason) + out.Lost
+	}
 	if r.To == "" || out.Primary == r.To {
 		return out, nil
 	}

@@ -292,6 +292,98 @@ func TestADiskThatIsFull(t *testing.T) {
 	beta.same("alpha", "beta", "gamma")
 }
 
+// TestEveryDiskFails: the disks of all replicas fail, one after the other. The
+// volume stands still, and nothing is guessed; what status suggests works when it
+// is typed, up to a healthy volume with all that was flushed.
+func TestEveryDiskFails(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	beta := nodes["beta"]
+	c := beta.open("db")
+	flushed := bytes.Repeat([]byte("this was flushed "), 4000)[:65536]
+	for i := range uint64(8) {
+		if err := errors.Join(c.WriteAt(t.Context(), flushed, i*65536), c.Flush(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := beta.pusher()
+	defer stop()
+	for _, name := range []string{"alpha", "beta", "gamma"} {
+		nodes[name].faults.on(syscall.EIO, "/log/", vfs.OpSync)
+	}
+	for _, name := range []string{"alpha", "beta", "gamma"} {
+		beta.sees(name, control.Failed, "input/output error")
+	}
+	stop()
+	for _, n := range nodes {
+		n.faults.off()
+	}
+	nodes["gamma"].halt() // a restart forgets nothing
+	nodes["gamma"].start()
+	beta.sees("gamma", control.Failed, "input/output error")
+	beta.eventually(30*time.Second, "all three say so, and what to do", func(ctx context.Context) error {
+		v, err := beta.client.VolumeStatus(ctx, "db")
+		if err == nil && (v.Health != control.Suspended || v.Next != "blockstep failover db --force --accept-data-loss") {
+			err = fmt.Errorf("%s: %s; next: %s", v.Health, v.Reason, v.Next)
+		}
+		return err
+	})
+	if _, err := beta.client.Failover(t.Context(), "db", control.Failover{}); err == nil || !strings.Contains(err.Error(), "--force --accept-data-loss") {
+		t.Errorf("a failover without force: %v", err)
+	}
+	if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "gamma"}); err == nil {
+		t.Error("the replica on gamma was given up while there was none to copy it from")
+	}
+	res, err := beta.client.Failover(t.Context(), "db", control.Failover{Force: true, AcceptDataLoss: true})
+	if err != nil || !strings.Contains(res.Lost, "input/output error") {
+		t.Fatalf("%+v, %v", res, err)
+	}
+	for range 2 {
+		var node string
+		beta.eventually(20*time.Second, "the next step is to copy one that failed", func(ctx context.Context) error {
+			v, err := beta.client.VolumeStatus(ctx, "db")
+			if err == nil {
+				if _, step, _ := strings.Cut(v.Next, ", then: blockstep invalidate db --node "); step != "" && step != node {
+					node = step
+					return nil
+				}
+				err = fmt.Errorf("%s: %s; next: %s", v.Health, v.Reason, v.Next)
+			}
+			return err
+		})
+		if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: node}); err != nil {
+			t.Fatal(err)
+		}
+		beta.sees(node, control.InSync, "")
+	}
+	beta.healthy("db")
+	for i := range uint64(8) {
+		if got := beta.read("db", i*65536, 65536); !bytes.Equal(got, flushed) {
+			t.Errorf("block %d: what was flushed is gone", i)
+		}
+	}
+	beta.same("alpha", "beta", "gamma")
+}
+
+// pusher writes behind the first MiB through a node until it is stopped; what comes
+// of it is nobody's business.
+func (n *testNode) pusher() (stop func()) {
+	n.t.Helper()
+	c := n.open("db")
+	ctx, cancel := context.WithCancel(n.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := uint64(0); ctx.Err() == nil; i++ {
+			if c.WriteAt(ctx, bytes.Repeat([]byte{byte(i)}, 16384), 1<<20+i%64*16384) != nil {
+				return
+			}
+			pause(ctx, time.Millisecond)
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
 // TestAResizeWithoutRoom: a volume that one replica's disk has no room for does
 // not grow, and no replica has failed for it: with the new size in the cluster
 // state each one without the room would have, and nothing would bring it back.

@@ -12,8 +12,8 @@ import (
 
 // nextStep is the command for the first replica that needs an operator. What it
 // names works as it stands, in the state that the status shows.
-func nextStep(out *control.VolumeStatus, sv *state.Volume, serving bool) string {
-	if !serving {
+func nextStep(out *control.VolumeStatus, sv *state.Volume, office bool) string {
+	if !office {
 		return nextUnserved(out, sv)
 	}
 	for _, r := range out.Replicas {
@@ -24,7 +24,7 @@ func nextStep(out *control.VolumeStatus, sv *state.Volume, serving bool) string 
 	return ""
 }
 
-// nextUnserved is the step while nobody serves. Nothing can be copied anew then:
+// nextUnserved is the step while there is no primary. Nothing can be copied anew then:
 // first those that are away have to come back, and when so many of the in-sync set
 // have failed that the others never suffice, an operator decides.
 func nextUnserved(out *control.VolumeStatus, sv *state.Volume) string {

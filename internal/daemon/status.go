@@ -46,6 +46,12 @@ func (r volumeReport) serving() bool {
 	return r.Reached && r.Replica && r.Core.Role == core.RolePrimary && !r.Core.Suspended
 }
 
+// inOffice reports whether the node says that it is primary, be it one that has
+// too few copies to answer its clients: others can be copied from it.
+func (r volumeReport) inOffice() bool {
+	return r.Reached && r.Replica && r.Core.Role == core.RolePrimary
+}
+
 type volumeCall struct {
 	Volume ident.Volume `json:"volume"`
 }
@@ -330,7 +336,7 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 		}
 		off = append(off, word)
 	}
-	out.Next = nextStep(out, sv, serving)
+	out.Next = nextStep(out, sv, reports[sv.Primary].inOffice())
 	switch {
 	case !serving:
 		out.Health = control.Suspended

@@ -139,9 +139,11 @@ func (d *Daemon) keepVolume(ctx context.Context, id ident.Volume) error {
 		v, problem := d.openVolume(ctx, sv)
 		if v != nil {
 			d.showView(v, sv)
+			d.keepReadmit(ctx, v, sv)
 		}
 		return problem
 	}
+	d.keepReadmit(ctx, v, sv)
 	problem := d.keepReplica(ctx, v, sv)
 	if now := d.state().Volumes[id]; now != nil {
 		sv = now
@@ -275,10 +277,7 @@ func sameView(a, b core.View) bool {
 // way too: from a configuration that was read anew. It returns at once.
 func (d *Daemon) setResync(r config.Resync) {
 	d.resync.Store(&r)
-	select {
-	case d.retune <- struct{}{}:
-	default: // it is about to be looked at
-	}
+	d.wake()
 }
 
 // ratesOf are the bounds of a volume's resyncs: its own where it has some, else
@@ -314,7 +313,8 @@ func (d *Daemon) viewOf(sv *state.Volume) core.View {
 		view.HoldNanos = max(sv.Options.ErrorAfterMillis, 1) * int64(time.Millisecond)
 	}
 	for _, r := range sv.Replicas {
-		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: r.Failed, Leaving: r.Leaving})
+		failed := r.Failed && !(r.Node == d.self && d.readmitting(sv))
+		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: failed, Leaving: r.Leaving})
 	}
 	return view
 }
