@@ -107,6 +107,14 @@ func (b backend) ready() error {
 	if f.Refused != nil {
 		return control.Errorf(control.CodeFailed, "", "%v", f.Refused)
 	}
+	if err := b.d.raft.StoreError(); err != nil {
+		return control.Errorf(control.CodeFailed, "make room in "+b.d.cfg.DataDir+", or mend its disk: it is tried again by itself",
+			"this node cannot write its part of the cluster state: %v", err)
+	}
+	if f.Done {
+		return control.Errorf(control.CodeFailed, "start the nodes that are down; only if a majority of them is gone for good: blockstep recover --help",
+			"this node has not heard the cluster state since its start: there is no Raft leader that reaches it, which takes a majority of the nodes, up and connected")
+	}
 	why := f.Waiting
 	if why == "" {
 		why = "waiting for a Raft leader"

@@ -130,6 +130,7 @@ func TestJudge(t *testing.T) {
 	gone := volumeReport{Reached: true, Open: true, Replica: true, Problem: missing.Problem, Core: core.Status{Role: core.RoleFailed, State: "Failed"}}
 	closed := volumeReport{Reached: true, Open: true, Problem: "replica failed: no more sectors; if its disk is lost: blockstep invalidate db --node beta"}
 	full := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{Role: core.RoleFailed, State: "Failed", Reason: "append: no space left on device"}}
+	wiped := volumeReport{Reached: true, Open: true, Problem: "it is gone"}
 	suspended := serving
 	suspended.Core.Suspended = true
 	for _, tc := range []struct {
@@ -218,6 +219,13 @@ func TestJudge(t *testing.T) {
 			"", control.Suspended, "Absent InSync InSync", "its primary alpha gives no answer; alpha is Absent", "start blockstepd on alpha, or check its network",
 		},
 		{
+			"the primary is alone, and no other is left",
+			map[ident.Node]volumeReport{"alpha": suspended, "beta": wiped, "gamma": wiped},
+			"", control.Suspended, "InSync Failed Failed",
+			"its primary alpha has no majority of the in-sync set, or too few copies (min_copies 2); beta is Failed (it is gone), gamma is Failed (it is gone)",
+			"bring back what is missing on beta, gamma (a mount, a disk): it is tried again by itself; only if it is lost: blockstep failover db --force --accept-data-loss",
+		},
+		{
 			"the primary is alone",
 			map[ident.Node]volumeReport{"alpha": suspended},
 			"", control.Suspended, "InSync Absent Absent",
@@ -260,16 +268,27 @@ func TestNextWithoutAPrimary(t *testing.T) {
 		{"one has failed, and one is away", "alpha", "beta", "start blockstepd on beta, or check its network"},
 		{"one has failed, and there is no primary yet", "alpha", "", "wait: it goes on by itself (blockstep wait db --for primary)"},
 	} {
-		sv := &state.Volume{Name: "db", Epoch: 4, Primary: "alpha", InSync: []ident.Node{"alpha", "beta", "gamma"}, Options: state.Options{MinCopies: 2}}
-		reports := map[ident.Node]volumeReport{}
-		for _, n := range sv.InSync {
-			sv.Replicas = append(sv.Replicas, state.Replica{Node: n, Replica: 1, Failed: strings.Contains(tc.failed, string(n)), Reason: "no more sectors"})
-			if !strings.Contains(tc.away, string(n)) || tc.away == "" {
-				reports[n] = up
+		for _, wiped := range []bool{false, true} { // or their directories are gone, which only they know
+			sv := &state.Volume{Name: "db", Epoch: 4, Primary: "alpha", InSync: []ident.Node{"alpha", "beta", "gamma"}, Options: state.Options{MinCopies: 2}}
+			reports := map[ident.Node]volumeReport{}
+			for _, n := range sv.InSync {
+				failed := strings.Contains(tc.failed, string(n))
+				sv.Replicas = append(sv.Replicas, state.Replica{Node: n, Replica: 1, Failed: failed && !wiped, Reason: "no more sectors"})
+				switch {
+				case tc.away == string(n):
+				case failed && wiped:
+					reports[n] = volumeReport{Reached: true, Open: true, Problem: "the replica that was here is gone"}
+				default:
+					reports[n] = up
+				}
 			}
-		}
-		if got := statusOf(sv, reports); got.Next != tc.next || got.Health != control.Suspended {
-			t.Errorf("%s: %s, next %q, want %q", tc.name, got.Health, got.Next, tc.next)
+			want := tc.next
+			if wiped && want == force {
+				want = "bring back what is missing on " + strings.ReplaceAll(tc.failed, " ", ", ") + " (a mount, a disk): it is tried again by itself; only if it is lost: " + force
+			}
+			if got := statusOf(sv, reports); got.Next != want || got.Health != control.Suspended {
+				t.Errorf("%s, wiped %v: %s, next %q, want %q", tc.name, wiped, got.Health, got.Next, want)
+			}
 		}
 	}
 }

@@ -11,43 +11,42 @@ import (
 )
 
 // nextStep is the command for the first replica that needs an operator. What it
-// names works as it stands, in the state that the status shows.
-func nextStep(out *control.VolumeStatus, sv *state.Volume, office bool) string {
-	if !office {
-		return nextUnserved(out, sv)
-	}
+// names works as it stands, in the state that the status shows. office: there is a
+// primary, be it one that has too few copies to answer its clients.
+func nextStep(out *control.VolumeStatus, sv *state.Volume, serving, office bool) string {
+	failed := 0          // of the in-sync set
+	var missing []string // and those of them that come back when what they miss does
 	for _, r := range out.Replicas {
-		if step := nextOf(out, sv, r); step != "" {
-			return step
-		}
-	}
-	return ""
-}
-
-// nextUnserved is the step while there is no primary. Nothing can be copied anew then:
-// first those that are away have to come back, and when so many of the in-sync set
-// have failed that the others never suffice, an operator decides.
-func nextUnserved(out *control.VolumeStatus, sv *state.Volume) string {
-	failed, step := 0, ""
-	for _, r := range out.Replicas {
-		rep := sv.Replica(ident.Node(r.Node))
-		if rep != nil && rep.Failed && sv.InSet(rep.Node) {
+		if rep := sv.Replica(ident.Node(r.Node)); rep != nil && sv.InSet(rep.Node) && r.State == control.Failed && !isFull(sv, r) {
 			failed++
+			if !rep.Failed {
+				missing = append(missing, r.Node)
+			}
 		}
-		if r.State == control.Failed && !isFull(rep, r.Reason) {
-			continue
+	}
+	lost := !serving && failed >= sv.Majority()
+	first := ""
+	for _, r := range out.Replicas {
+		if (lost || !office) && r.State == control.Failed && !isFull(sv, r) {
+			continue // nothing can be copied anew: there is nobody to copy from
 		}
-		if s := nextOf(out, sv, r); s != "" && (step == "" || r.State == control.Absent) {
-			step = s
-		}
-		if r.State == control.Absent {
+		switch step := nextOf(out, sv, r); {
+		case step == "":
+		case r.State == control.Absent, office && !lost:
 			return step
+		case first == "":
+			first = step
 		}
 	}
-	if failed >= sv.Majority() {
-		return "blockstep failover " + out.Volume + " --force --accept-data-loss"
+	if lost {
+		// The others never suffice: an operator decides.
+		step := "blockstep failover " + out.Volume + " --force --accept-data-loss"
+		if failed-len(missing) < sv.Majority() {
+			step = fmt.Sprintf("bring back what is missing on %s (a mount, a disk): it is tried again by itself; only if it is lost: %s", strings.Join(missing, ", "), step)
+		}
+		return step
 	}
-	return step
+	return first
 }
 
 // nextOf is the step for one replica; "" when it needs none.
@@ -66,7 +65,7 @@ func nextOf(out *control.VolumeStatus, sv *state.Volume, r control.ReplicaStatus
 		}
 		return step
 	case control.Failed:
-		if isFull(sv.Replica(ident.Node(r.Node)), r.Reason) {
+		if isFull(sv, r) {
 			return fmt.Sprintf("make room on %s: it comes back by itself (blockstep wait %s --for healthy)", r.Node, out.Volume)
 		}
 		return fmt.Sprintf("replace the disk of %s, then: blockstep invalidate %s --node %s", r.Node, out.Volume, r.Node)
@@ -79,7 +78,8 @@ func nextOf(out *control.VolumeStatus, sv *state.Volume, r control.ReplicaStatus
 
 // isFull reports whether a replica is out for want of room alone, which it gets
 // over by itself: one that the cluster state holds for failed does not.
-func isFull(rep *state.Replica, reason string) bool {
+func isFull(sv *state.Volume, r control.ReplicaStatus) bool {
+	rep := sv.Replica(ident.Node(r.Node))
 	return rep != nil && !rep.Failed &&
-		(strings.Contains(reason, syscall.ENOSPC.Error()) || strings.Contains(reason, syscall.EDQUOT.Error()))
+		(strings.Contains(r.Reason, syscall.ENOSPC.Error()) || strings.Contains(r.Reason, syscall.EDQUOT.Error()))
 }

@@ -71,6 +71,9 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 		var e *deviceError
 		r.Waits = errors.As(err, &e) && !d.hasFailed(&r.View)
 	}
+	if err := d.raft.StoreError(); err != nil && r.Problem == "" && d.volume(id) == nil {
+		r.Problem = "it cannot write its part of the cluster state: " + err.Error()
+	}
 	if d.failover != nil {
 		r.Waiting = d.failover.Waiting(id)
 	}
@@ -336,7 +339,7 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 		}
 		off = append(off, word)
 	}
-	out.Next = nextStep(out, sv, reports[sv.Primary].inOffice())
+	out.Next = nextStep(out, sv, serving, reports[sv.Primary].inOffice())
 	switch {
 	case !serving:
 		out.Health = control.Suspended
