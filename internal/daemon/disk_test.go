@@ -338,6 +338,9 @@ func TestEveryDiskFails(t *testing.T) {
 	if err != nil || !strings.Contains(res.Lost, "input/output error") {
 		t.Fatalf("%+v, %v", res, err)
 	}
+	// While its raft log is replayed it has failed, as it had.
+	nodes[res.Primary].halt()
+	nodes[res.Primary].start()
 	for range 2 {
 		var node string
 		beta.eventually(20*time.Second, "the next step is to copy one that failed", func(ctx context.Context) error {

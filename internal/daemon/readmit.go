@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
@@ -95,6 +96,35 @@ func (d *Daemon) readmitting(sv *state.Volume) bool {
 	return r != nil && r.epoch == sv.Epoch && time.Now().Before(r.until)
 }
 
+// readmitMark is the file by which a replica that was taken back knows, after a
+// restart, the epoch in which it was: its id is that of the one that failed, and
+// while raft replays its log, the cluster state here is for a moment that of
+// before, in which it has failed.
+const readmitMark = "readmitted"
+
+func (d *Daemon) markReadmitted(id ident.Volume, epoch ident.Epoch) error {
+	dir := d.replicaDir(id)
+	if err := os.WriteFile(filepath.Join(dir, readmitMark), []byte(strconv.FormatUint(uint64(epoch), 10)), 0o600); err != nil {
+		return fmt.Errorf("marking the replica: %w", err)
+	}
+	return d.fs.SyncDir(dir)
+}
+
+// outlived reports whether the failure that a cluster state tells of may be one
+// from before the replica here was taken back. Once this node has the whole state,
+// what that says counts.
+func (d *Daemon) outlived(sv *state.Volume) bool {
+	if d.isCurrent() {
+		return false
+	}
+	b, err := os.ReadFile(filepath.Join(d.replicaDir(sv.ID), readmitMark))
+	if err != nil {
+		return false
+	}
+	epoch, err := strconv.ParseUint(string(b), 10, 64)
+	return err == nil && uint64(sv.Epoch) <= epoch
+}
+
 // keepReadmit opens a replica that failed again, when somebody has asked for it.
 // It belongs to the keeper of the volume, as all that opens and closes replicas.
 func (d *Daemon) keepReadmit(ctx context.Context, v *volume, sv *state.Volume) {
@@ -127,6 +157,9 @@ func (d *Daemon) readmit(ctx context.Context, v *volume, sv *state.Volume) error
 	}
 	ro, err := d.replicaOptions(ctx, sv, rep)
 	if err != nil {
+		return err
+	}
+	if err := d.markReadmitted(sv.ID, sv.Epoch); err != nil {
 		return err
 	}
 	d.showView(v, sv) // in which it has not failed

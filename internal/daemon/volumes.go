@@ -313,7 +313,7 @@ func (d *Daemon) viewOf(sv *state.Volume) core.View {
 		view.HoldNanos = max(sv.Options.ErrorAfterMillis, 1) * int64(time.Millisecond)
 	}
 	for _, r := range sv.Replicas {
-		failed := r.Failed && !(r.Node == d.self && d.readmitting(sv))
+		failed := r.Failed && !(r.Node == d.self && (d.readmitting(sv) || d.outlived(sv)))
 		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: failed, Leaving: r.Leaving})
 	}
 	return view
