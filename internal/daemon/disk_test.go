@@ -505,11 +505,44 @@ func TestACorruptLog(t *testing.T) {
 	if err := c.WriteAt(t.Context(), []byte("goes on"), 0); err != nil {
 		t.Error(err)
 	}
+	gamma.refusesReadmission("corrupt")
 	if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "gamma"}); err != nil {
 		t.Fatal(err)
 	}
 	beta.healthy("db")
 	beta.same("alpha", "beta", "gamma")
+}
+
+// refusesReadmission: a replica that does not verify is not taken back, and that it
+// was tried is not told again and again.
+func (n *testNode) refusesReadmission(reason string) {
+	n.t.Helper()
+	d := n.daemon.Load()
+	sv := d.state().Volume("db")
+	ctx, cancel := context.WithTimeout(n.t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := d.serveReadmit(ctx, d.self, epochCall{sv.ID, sv.Epoch}); err == nil || !strings.Contains(err.Error(), reason) {
+		n.t.Errorf("%s is taken back: %v", n.name, err)
+	}
+	told := func() (count int) {
+		if err := n.client.Events(ctx, "", false, func(e control.Event) error {
+			if e.Kind == "failed" {
+				count++
+			}
+			return nil
+		}); err != nil {
+			n.t.Fatal(err)
+		}
+		return count
+	}
+	before := told()
+	for range 20 {
+		d.wake() // the keeper of the volume tries to open it
+		pause(ctx, 100*time.Millisecond)
+	}
+	if after := told(); before == 0 || after > before+1 {
+		n.t.Errorf("it is told %d times, and was %d times", after, before)
+	}
 }
 
 // flipFirst flips a bit in the first place of the files in dir where the bytes
