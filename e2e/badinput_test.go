@@ -133,6 +133,25 @@ func TestForeignDataDir(t *testing.T) {
 	t.Run("of another node", func(t *testing.T) {
 		refuses(t, other("node: alpha", "node: gamma"), alpha.dataDir, "alpha", "gamma")
 	})
+	t.Run("of another cluster of this name", func(t *testing.T) {
+		file := filepath.Join(alpha.dataDir, "cluster.json")
+		good, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, id, found := strings.Cut(string(good), `"cluster_id": "`)
+		if id, _, _ = strings.Cut(id, `"`); !found || len(id) != 32 {
+			t.Fatalf("%s has no cluster_id: %s", file, good)
+		}
+		swapped := id[16:] + id[:16]
+		if err := os.WriteFile(file, []byte(strings.Replace(string(good), id, swapped, 1)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		refuses(t, other("cluster: e2e", "cluster: e2e"), file, id, swapped)
+		if err := os.WriteFile(file, good, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
 	alpha.start()
 	beta.waitReady()
 	c.waitHealthy("db")

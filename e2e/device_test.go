@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -92,6 +93,112 @@ func TestDevices(t *testing.T) {
 		})
 		c.deviceIsFree(file)
 	})
+	t.Run("late block", func(t *testing.T) {
+		t.Parallel()
+		dev := loopDevice(t, 2*deviceSize)
+		link := "/dev/bs-e2e-" + strings.TrimPrefix(dev, "/dev/")
+		relink := func() {
+			if err := os.Symlink(dev, link); err != nil {
+				t.Fatal(err)
+			}
+		}
+		relink()
+		t.Cleanup(func() { _ = os.Remove(link) })
+		c := newCluster(t, options{})
+		c.volume("db", "8MiB", "--device", "alpha="+link)
+		c.deviceIsLate(link, func() {
+			if err := os.Remove(link); err != nil {
+				t.Fatal(err)
+			}
+		}, relink)
+		c.fileInDev(link, dev)
+	})
+	t.Run("late file", func(t *testing.T) {
+		t.Parallel()
+		file := junkFile(t, deviceSize)
+		c := newCluster(t, options{})
+		c.volume("db", "8MiB", "--device", "alpha="+file)
+		move := func(from, to string) func() {
+			return func() {
+				if err := os.Rename(from, to); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		c.deviceIsLate(file, move(file, file+".away"), move(file+".away", file))
+	})
+}
+
+// deviceIsLate starts a node before its device is there, in a new boot: the
+// replica waits, has forgotten nothing by that, and comes back with the device.
+func (c *cluster) deviceIsLate(path string, away, back func()) {
+	c.t.Helper()
+	alpha, beta := c.node("alpha"), c.node("beta")
+	c.makePrimary("db", beta)
+	alpha.stop()
+	metas, err := filepath.Glob(filepath.Join(alpha.dataDir, "volumes", "*", "meta"))
+	if err != nil || len(metas) != 1 {
+		c.t.Fatalf("metas of alpha: %v, %v", metas, err)
+	}
+	meta := func() string {
+		b, err := os.ReadFile(metas[0])
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		return string(b)
+	}
+	was := meta()
+	away()
+	alpha.newBoot()
+	alpha.start()
+	c.deviceWaits(path + ": there is no such device")
+	if _, err := os.Lstat(path); err == nil {
+		c.t.Errorf("it made something at %s", path)
+	}
+	if meta() != was {
+		c.t.Error("a replica that waits for its device has noted a start")
+	}
+	back()
+	c.waitHealthy("db")
+	c.replicasEqual("db")
+	if strings.Contains(alpha.log(), "amnesiac=true") {
+		c.t.Error("a replica that was stopped cleanly is amnesiac for having waited")
+	}
+}
+
+// deviceWaits waits until the status says so of alpha's device, and what to do.
+func (c *cluster) deviceWaits(reason string) {
+	c.t.Helper()
+	beta := c.node("beta")
+	eventually(c.t, 20*time.Second, "the status says that the replica waits: "+reason, func() bool {
+		out, code := beta.cliRaw(20*time.Second, "status", "db")
+		return code == exitOK && strings.Contains(out, reason) && strings.Contains(out, "see to the device on alpha") &&
+			strings.Contains(out, "if its content is lost: blockstep invalidate db --node alpha") && !strings.Contains(out, "Failed")
+	})
+}
+
+// fileInDev: a regular file where the device should be, as a dd to a device that
+// was not there leaves one, is no backing store, neither of a new replica nor of
+// one that there is.
+func (c *cluster) fileInDev(link, dev string) {
+	c.t.Helper()
+	alpha, beta := c.node("alpha"), c.node("beta")
+	alpha.stop()
+	if err := errors.Join(os.Remove(link), os.WriteFile(link, make([]byte, 2*deviceSize), 0o600)); err != nil {
+		c.t.Fatal(err)
+	}
+	alpha.start()
+	c.deviceWaits(link + ": a regular file stands there, and no block device")
+	beta.cliFails(exitRefused, []string{link + " on gamma", "a regular file stands there", "nothing was made"}, createOn("other", "gamma="+link)...)
+	outside := filepath.Join(c.t.TempDir(), "outside")
+	if err := os.Symlink(link, outside); err != nil {
+		c.t.Fatal(err)
+	}
+	beta.cliFails(exitRefused, []string{outside + " on gamma", "a regular file stands there", "nothing was made"}, createOn("other", "gamma="+outside)...)
+	if err := errors.Join(os.Remove(link), os.Symlink(dev, link)); err != nil {
+		c.t.Fatal(err)
+	}
+	c.waitHealthy("db")
 }
 
 // createOn is a volume of deviceSize with these devices.

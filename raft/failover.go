@@ -20,6 +20,9 @@ type Replicas interface {
 	// Drain asks the primary of epoch to finish what is in flight, to take
 	// nothing new and to give its lease back. It returns when that is done.
 	Drain(ctx context.Context, node ident.Node, vol ident.Volume, epoch ident.Epoch) error
+	// Readmit opens a replica that has failed again, for as long as the volume is
+	// in epoch and for a short time, so that it answers SEAL with what it holds.
+	Readmit(ctx context.Context, node ident.Node, vol ident.Volume, epoch ident.Epoch) error
 }
 
 // Cluster is what the controller needs of a Node.
@@ -73,6 +76,7 @@ type ControllerOptions struct {
 	PowerLossGrace time.Duration // 60 s; the cluster's setting goes first
 	SealTimeout    time.Duration // 1 s: of one SEAL
 	DrainTimeout   time.Duration // 2 s: of one drain
+	ReadmitTimeout time.Duration // 20 s: of opening a replica that has failed again
 	Straggler      time.Duration // 20 ms: how long a round that is decided waits for the rest
 }
 
@@ -155,6 +159,7 @@ func NewController(o ControllerOptions) *Controller {
 	setDefault(&o.PowerLossGrace, 60*time.Second)
 	setDefault(&o.SealTimeout, time.Second)
 	setDefault(&o.DrainTimeout, 2*time.Second)
+	setDefault(&o.ReadmitTimeout, 20*time.Second)
 	setDefault(&o.Straggler, 20*time.Millisecond)
 	return &Controller{o: o, slots: make(chan struct{}, roundsMax)}
 }

@@ -79,6 +79,8 @@ type fakeReplica struct {
 	amnesiac bool
 	dead     bool // hangs
 	refused  bool // refuses connections: an error at once
+	failed   bool // until it is opened again
+	damaged  bool // and that is refused
 	delay    time.Duration
 	seals    int
 }
@@ -111,6 +113,8 @@ func (f *fakeReplicas) Seal(ctx context.Context, node ident.Node, _ ident.Volume
 	p := f.of[node]
 	a := ident.SealAnswer{Epoch: epoch, Promised: p.promised, Last: p.last, Replica: p.id, Incarnation: 1, Amnesiac: p.amnesiac}
 	switch left := time.Until(p.lease); {
+	case p.failed:
+		a.Refusal = ident.SealFailed
 	case left > 0:
 		a.Refusal, a.WaitNanos = ident.SealLease, left.Nanoseconds()
 	case epoch < p.promised:
@@ -134,6 +138,16 @@ func (f *fakeReplicas) Drain(_ context.Context, node ident.Node, _ ident.Volume,
 	for _, r := range f.of {
 		r.lease = time.Time{}
 	}
+	return nil
+}
+
+func (f *fakeReplicas) Readmit(_ context.Context, node ident.Node, _ ident.Volume, _ ident.Epoch) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r := f.of[node]; r.refused || r.damaged {
+		return errCut
+	}
+	f.of[node].failed = false
 	return nil
 }
 
@@ -734,6 +748,8 @@ func newReplicaID(vol ident.Volume, n ident.Node) ident.Replica {
 func (newReplicas) Seal(_ context.Context, n ident.Node, vol ident.Volume, epoch ident.Epoch) (ident.SealAnswer, error) {
 	return ident.SealAnswer{Epoch: epoch, Promised: epoch, Replica: newReplicaID(vol, n), Incarnation: 1}, nil
 }
+
+func (newReplicas) Readmit(context.Context, ident.Node, ident.Volume, ident.Epoch) error { return nil }
 
 func (newReplicas) Drain(context.Context, ident.Node, ident.Volume, ident.Epoch) error { return nil }
 

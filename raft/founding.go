@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"time"
@@ -11,6 +12,7 @@ import (
 	hraft "github.com/hashicorp/raft"
 
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft/state"
 )
 
 // Founding: all nodes start with empty data_dirs from the same configuration,
@@ -132,6 +134,9 @@ func (n *Node) beforeRaft(cfg *hraft.Config, logs hraft.LogStore, stable hraft.S
 	if n.identity.ClusterID != "" && empty {
 		return false, fmt.Errorf("data_dir %s was a member of cluster %s (%s) and has lost its Raft log: empty the data_dir, then run 'blockstep node replace %s' on another node",
 			n.opts.Dir, n.identity.Cluster, n.identity.ClusterID, n.opts.Node)
+	}
+	if err := n.checkClusterID(logs, snaps, list); err != nil {
+		return false, err
 	}
 	if len(n.identity.Founding) > 0 && empty {
 		// The crash came between the mark and the end of the bootstrap. Nobody
@@ -336,7 +341,9 @@ func (n *Node) bootstrap(infos map[ident.Node]FoundInfo) error {
 	return nil
 }
 
-// markMember makes durable that this node belongs to the cluster.
+// markMember makes durable that this node belongs to the cluster. A cluster
+// state of another cluster than the data_dir's is an error of which nothing can
+// come but harm: two clusters would share a node's name and replicas.
 func (n *Node) markMember(clusterID string) error {
 	n.idMu.Lock()
 	defer n.idMu.Unlock()
@@ -344,7 +351,7 @@ func (n *Node) markMember(clusterID string) error {
 		return nil
 	}
 	if n.identity.ClusterID != "" {
-		return fmt.Errorf("data_dir %s belongs to cluster %s (%s), and the Raft log to %s", n.opts.Dir, n.identity.Cluster, n.identity.ClusterID, clusterID)
+		return n.identity.foreign(n.opts.Dir, clusterID)
 	}
 	marked := *n.identity
 	marked.ClusterID = clusterID
@@ -353,4 +360,59 @@ func (n *Node) markMember(clusterID string) error {
 	}
 	n.identity = &marked
 	return nil
+}
+
+// checkClusterID compares the identity with what lies in raft/, before anything
+// runs. What a leader says later is compared when it has come (markMember).
+func (n *Node) checkClusterID(logs hraft.LogStore, snaps hraft.SnapshotStore, list []*hraft.SnapshotMeta) error {
+	if n.identity.ClusterID == "" {
+		return nil
+	}
+	id, err := storedClusterID(logs, snaps, list)
+	if err != nil || id == "" || id == n.identity.ClusterID {
+		return err
+	}
+	return n.identity.foreign(n.opts.Dir, id)
+}
+
+// storedClusterID finds which cluster a Raft log is of: "" when it does not say.
+// The newest snapshot has it, and before there is one, the first command.
+func storedClusterID(logs hraft.LogStore, snaps hraft.SnapshotStore, list []*hraft.SnapshotMeta) (string, error) {
+	if len(list) > 0 {
+		_, r, err := snaps.Open(list[0].ID)
+		if err != nil {
+			return "", nil //nolint:nilerr // hashicorp/raft takes an older one, or says what is wrong
+		}
+		defer func() { _ = r.Close() }() // it was only read
+		b, err := io.ReadAll(io.LimitReader(r, snapshotMax))
+		if err != nil {
+			return "", fmt.Errorf("read the Raft snapshot: %w", err)
+		}
+		if s, err := state.Decode(b); err == nil {
+			return s.ClusterID, nil
+		}
+		return "", nil // of a newer build, or damaged: whoever restores it says so
+	}
+	first, err := logs.FirstIndex()
+	if err != nil {
+		return "", fmt.Errorf("read the Raft log: %w", err)
+	}
+	last, err := logs.LastIndex()
+	if err != nil {
+		return "", fmt.Errorf("read the Raft log: %w", err)
+	}
+	for i := first; i > 0 && i <= last; i++ {
+		var l hraft.Log
+		if err := logs.GetLog(i, &l); err != nil {
+			return "", fmt.Errorf("read the Raft log: %w", err)
+		}
+		if l.Type != hraft.LogCommand {
+			continue
+		}
+		// A later one is refused, so the first one counts.
+		if c, err := state.DecodeCommand(l.Data); err == nil && c.InitCluster != nil {
+			return c.InitCluster.ClusterID, nil
+		}
+	}
+	return "", nil
 }

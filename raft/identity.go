@@ -96,6 +96,16 @@ func (id *identity) check(dir, cluster string, node ident.Node) error {
 	return nil
 }
 
+// errForeign is wrapped by the error of a data_dir whose parts are of two clusters.
+var errForeign = errors.New("its parts are of two clusters")
+
+// foreign is the error of a Raft log, or a leader, of another cluster.
+func (id *identity) foreign(dir, other string) error {
+	path := filepath.Join(dir, identityFile)
+	return fmt.Errorf("data_dir %s: %w: %s says cluster_id %s, and the cluster state is that of %s; restore the %s that belongs to %s (a copy of this data_dir has it), or empty the data_dir and run 'blockstep node replace %s' on another node",
+		dir, errForeign, path, id.ClusterID, other, identityFile, filepath.Join(dir, raftDir), id.Node)
+}
+
 // CheckDir refuses a data_dir of another cluster or node before anything is
 // opened; an empty one is as good as ours.
 func CheckDir(fsys vfs.FS, dir, cluster string, node ident.Node) error {

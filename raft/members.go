@@ -38,7 +38,10 @@ func (n *Node) runLeader() {
 			return
 		}
 		if id := n.State().ClusterID; id != "" {
-			if err := n.markMember(id); err != nil {
+			if err := n.markMember(id); errors.Is(err, errForeign) {
+				_ = n.fsm.stop(err) // the next turn ends raft, and the daemon says why
+				continue
+			} else if err != nil {
 				n.log.Error(unmarkedNote, "err", err)
 			}
 		}

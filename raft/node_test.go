@@ -337,6 +337,70 @@ func TestDataDirOfAnother(t *testing.T) {
 	})
 }
 
+// A cluster.json that names another cluster than the Raft log beside it is
+// refused at the start, by the log and by a snapshot, and by a recovery; and a
+// running node stops when the leader's state is another cluster's.
+func TestForeignClusterID(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestCluster(t)
+		defer c.stop()
+		var n *Node // beta's
+		for _, f := range testFounders {
+			if o := c.start(f.Name); f.Name == "beta" {
+				n = o
+			}
+		}
+		own := c.waitLeader().State().ClusterID
+		known := func() bool {
+			n.idMu.Lock()
+			defer n.idMu.Unlock()
+			return n.identity.ClusterID == own && n.State().ClusterID == own
+		}
+		refused := func(what string, err error) {
+			t.Helper()
+			if !errors.Is(err, errForeign) || !strings.Contains(err.Error(), own) || !strings.Contains(err.Error(), "deadbeef") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		for _, snapshot := range []bool{false, true} {
+			until(t, "beta knows the cluster", known)
+			if snapshot {
+				if err := n.raft.Snapshot().Error(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.kill("beta")
+			o := c.options("beta")
+			id, err := loadIdentity(fsOf(&o), o.Dir, o.Cluster, o.Node)
+			if err != nil || id.ClusterID != own {
+				t.Fatalf("%+v, %v", id, err)
+			}
+			id.ClusterID = "deadbeef"
+			if err := writeIdentity(fsOf(&o), o.Dir, id); err != nil {
+				t.Fatal(err)
+			}
+			_, err = Open(t.Context(), o)
+			refused("start", err)
+			_, err = Recover(Recovery{Dir: o.Dir, Cluster: o.Cluster, Node: o.Node, Keep: []ident.Node{"beta"}, Preview: true})
+			refused("recover", err)
+			id.ClusterID = own
+			if err := writeIdentity(fsOf(&o), o.Dir, id); err != nil {
+				t.Fatal(err)
+			}
+			n = c.start("beta")
+		}
+		until(t, "beta knows the cluster", known)
+		n.idMu.Lock()
+		other := *n.identity
+		other.ClusterID = "deadbeef"
+		n.identity = &other
+		n.idMu.Unlock()
+		n.watch.wake()
+		<-n.Halted()
+		refused("running", n.Err())
+	})
+}
+
 // The crash between the durable mark and the end of the bootstrap ends in the
 // same configuration.
 func TestFoundingIsEndedAfterACrash(t *testing.T) {

@@ -2,7 +2,10 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -40,7 +43,56 @@ func (c *Controller) serve(ctx context.Context, t *volumeTask, r *request) (stat
 	if r.force {
 		rule = "an operator forced a failover"
 	}
-	return c.work(ctx, t, &job{rule: rule, epoch: v.Epoch, prefer: r.to, operator: true, force: r.force})
+	j := &job{rule: rule, epoch: v.Epoch, prefer: r.to, operator: true, force: r.force}
+	if r.force {
+		var err error
+		if j.readmit, err = c.readmit(ctx, v, r.to); err != nil {
+			return state.Result{}, err
+		}
+	}
+	return c.work(ctx, t, j)
+}
+
+// readmit opens replicas that have failed again, so that they can be sealed: the
+// one that the operator names, or, when there is nobody else whose copy counts, all
+// of the in-sync set. It returns those that are open, or says why none is.
+func (c *Controller) readmit(ctx context.Context, v *state.Volume, to ident.Node) (open []ident.Node, err error) {
+	var ask []ident.Node
+	switch rep := v.Replica(to); {
+	case rep != nil && rep.Failed:
+		ask = []ident.Node{to}
+	case !slices.ContainsFunc(v.InSync, func(n ident.Node) bool { return !v.Replica(n).Failed }):
+		ask = v.InSync
+	default:
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.o.ReadmitTimeout)
+	defer cancel()
+	errs := make([]error, len(ask))
+	var wg sync.WaitGroup
+	for i, n := range ask {
+		wg.Go(func() {
+			if err := c.o.Replicas.Readmit(ctx, n, v.ID, v.Epoch); err != nil {
+				errs[i] = fmt.Errorf("%s (%w)", n, err)
+			}
+		})
+	}
+	wg.Wait()
+	for i, n := range ask {
+		if errs[i] == nil {
+			c.o.Logger.Warn("a replica that had failed is open again, as an operator asked", "volume", v.Name, "replica", n, "failed", v.Replica(n).Reason)
+			open = append(open, n)
+		}
+	}
+	if len(open) == 0 && (to != "" || !othersMay(v)) {
+		return nil, fmt.Errorf("no replica that failed can be taken back: %w", errors.Join(errs...))
+	}
+	return open, nil
+}
+
+// othersMay reports whether a replica beside the in-sync set has not failed.
+func othersMay(v *state.Volume) bool {
+	return slices.ContainsFunc(v.Replicas, func(r state.Replica) bool { return !r.Failed })
 }
 
 // target checks the node that an operator named.
@@ -49,8 +101,8 @@ func target(v *state.Volume, r *request) error {
 	switch {
 	case rep == nil:
 		return fmt.Errorf("volume %s has no replica on %s: its replicas are on %v", v.Name, r.to, replicaNodes(v))
-	case rep.Failed:
-		return fmt.Errorf("the replica of %s on %s failed (%s): replace its disk first", v.Name, r.to, rep.Reason)
+	case rep.Failed && !r.force:
+		return fmt.Errorf("the replica of %s on %s failed (%s): replace its disk first, or, if no other is left, add --force --accept-data-loss", v.Name, r.to, rep.Reason)
 	case !v.InSet(r.to) && !r.force:
 		return fmt.Errorf("the replica of %s on %s is not in sync: wait until it is ('blockstep wait %s --for healthy'); in sync are %v", v.Name, r.to, v.Name, v.InSync)
 	}

@@ -83,6 +83,9 @@ func Recover(r Recovery) (out Recovered, err error) {
 		return out, err
 	}
 	out.State = look.next
+	if id.ClusterID != "" && id.ClusterID != out.State.ClusterID {
+		return out, id.foreign(r.Dir, out.State.ClusterID)
+	}
 	if r.Preview {
 		return out, nil
 	}

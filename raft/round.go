@@ -29,6 +29,7 @@ type job struct {
 	first    []ident.Node
 	operator bool // do not wait for what does not come; power loss is accepted
 	force    bool
+	readmit  []ident.Node // replicas that have failed and are asked all the same
 }
 
 // runVolume works for one volume until there is nothing to do.
@@ -221,7 +222,7 @@ func (c *Controller) work(ctx context.Context, t *volumeTask, j *job) (state.Res
 			}
 		}
 		if j.operator && out.hopeless(time.Now().After(deadline)) {
-			return state.Result{}, operatorError(v, out.verdict)
+			return state.Result{}, operatorError(v, j, out.verdict)
 		}
 		if !j.operator && c.asked(t) {
 			return state.Result{}, nil
@@ -302,11 +303,20 @@ func (o outcome) hopeless(late bool) bool {
 	return late
 }
 
-func operatorError(v *state.Volume, verdict state.Verdict) error {
+func operatorError(v *state.Volume, j *job, verdict state.Verdict) error {
 	if verdict.PrimaryLives {
 		return fmt.Errorf("%s is primary of %s and lives: use 'blockstep switchover %s --to NODE'", v.Primary, v.Name, v.Name)
 	}
-	return fmt.Errorf("%s; bring the missing nodes back, or accept that writes are lost with 'blockstep failover %s --force --accept-data-loss'", verdict.Text(), v.Name)
+	if !j.force {
+		return fmt.Errorf("%s; bring the missing nodes back, or accept that writes are lost with 'blockstep failover %s --force --accept-data-loss'", verdict.Text(), v.Name)
+	}
+	for i := range v.Replicas {
+		if r := &v.Replicas[i]; r.Failed && !slices.Contains(j.readmit, r.Node) {
+			return fmt.Errorf("%s; bring the missing nodes back, or take back the replica on %s, which failed (%s): 'blockstep failover %s --to %s --force --accept-data-loss'",
+				verdict.Text(), r.Node, r.Reason, v.Name, r.Node)
+		}
+	}
+	return fmt.Errorf("%s; bring the missing nodes back, or their disks", verdict.Text())
 }
 
 // asked reports whether an operator waits for this worker.
@@ -416,7 +426,7 @@ func (c *Controller) promote(ctx context.Context, v *state.Volume, epoch ident.E
 	cmd := state.Command{ID: NewCommandID(), Promote: &state.Promote{
 		Volume: v.ID, OldEpoch: v.Epoch, SetVersion: v.SetVersion, Epoch: epoch,
 		Node: d.Node, Replica: d.Answer.Replica, Incarnation: d.Answer.Incarnation, Position: d.Answer.Last,
-		Loss: d.Loss, Heard: d.Heard, Set: d.Set, Rule: j.rule + "; " + d.Rule,
+		Loss: d.Loss, Heard: d.Heard, Set: d.Set, Readmit: d.Readmit, Rule: j.rule + "; " + d.Rule,
 	}}
 	return c.o.Cluster.Apply(pctx, cmd)
 }

@@ -55,7 +55,7 @@ func (c *Controller) round(t *volumeTask, v *state.Volume, j *job) state.Round {
 	}
 	return state.Round{
 		Volume: v, Epoch: t.asked, Answers: map[ident.Node]ident.SealAnswer{},
-		Prefer: j.prefer, Avoid: j.avoid,
+		Prefer: j.prefer, Avoid: j.avoid, Readmit: j.readmit,
 		PowerLoss: j.operator || v.Options.AfterPowerLoss != state.PowerLossWait,
 		GraceOver: j.operator || (!t.outage.IsZero() && t.outageEpoch == v.Epoch && time.Since(t.outage) >= grace),
 	}
@@ -68,7 +68,7 @@ func (c *Controller) collect(ctx context.Context, r *state.Round, j *job, nodes 
 	ch := make(chan sealed, len(nodes)) // room for all: no call is ever stuck on it
 	asked := 0
 	for _, n := range nodes {
-		if rep := r.Volume.Replica(n); rep.Replica == 0 || rep.Failed {
+		if rep := r.Volume.Replica(n); rep.Replica == 0 || rep.Failed && !slices.Contains(j.readmit, n) {
 			continue
 		}
 		asked++

@@ -22,6 +22,7 @@ type diskWatch struct {
 	mu    sync.Mutex
 	out   int
 	since time.Time // of the oldest write under way, or of the last that returned
+	err   error     // of the last that returned
 }
 
 func (w *diskWatch) begin() {
@@ -33,11 +34,18 @@ func (w *diskWatch) begin() {
 	w.out++
 }
 
-func (w *diskWatch) end() {
+func (w *diskWatch) end(err error) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.out--
-	w.since = time.Now()
+	w.since, w.err = time.Now(), err
+	return err
+}
+
+func (w *diskWatch) failure() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
 }
 
 // stalled returns for how long a write has been out; 0 when none is.
@@ -58,33 +66,32 @@ type watchedStore struct {
 
 func (s *watchedStore) StoreLog(l *hraft.Log) error {
 	s.watch.begin()
-	defer s.watch.end()
-	return s.BoltStore.StoreLog(l)
+	return s.watch.end(s.BoltStore.StoreLog(l))
 }
 
 func (s *watchedStore) StoreLogs(ls []*hraft.Log) error {
 	s.watch.begin()
-	defer s.watch.end()
-	return s.BoltStore.StoreLogs(ls)
+	return s.watch.end(s.BoltStore.StoreLogs(ls))
 }
 
 func (s *watchedStore) DeleteRange(lo, hi uint64) error {
 	s.watch.begin()
-	defer s.watch.end()
-	return s.BoltStore.DeleteRange(lo, hi)
+	return s.watch.end(s.BoltStore.DeleteRange(lo, hi))
 }
 
 func (s *watchedStore) Set(k, v []byte) error {
 	s.watch.begin()
-	defer s.watch.end()
-	return s.BoltStore.Set(k, v)
+	return s.watch.end(s.BoltStore.Set(k, v))
 }
 
 func (s *watchedStore) SetUint64(k []byte, v uint64) error {
 	s.watch.begin()
-	defer s.watch.end()
-	return s.BoltStore.SetUint64(k, v)
+	return s.watch.end(s.BoltStore.SetUint64(k, v))
 }
+
+// StoreError is why the Raft store could not be written when that was tried last,
+// as on a disk that is full; nil when it could. It is tried again by itself.
+func (n *Node) StoreError() error { return n.disk.failure() }
 
 // runDiskWatch mutes the stream while the store hangs.
 func (n *Node) runDiskWatch() {

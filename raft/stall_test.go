@@ -29,10 +29,14 @@ func TestDiskWatch(t *testing.T) {
 		w.begin()
 		time.Sleep(time.Second)
 		check(4 * time.Second)
-		w.end()
+		if err := w.end(io.ErrShortWrite); err != io.ErrShortWrite || w.failure() != err { //nolint:errorlint // the very one
+			t.Errorf("a write that failed: %v, then %v", err, w.failure())
+		}
 		time.Sleep(time.Second)
 		check(time.Second)
-		w.end()
+		if err := w.end(nil); err != nil || w.failure() != nil {
+			t.Errorf("a write after it: %v, then %v", err, w.failure())
+		}
 		time.Sleep(time.Second)
 		check(0)
 	})

@@ -43,7 +43,13 @@ func openReplica(v *Volume, ro ReplicaOptions) (_ *replica, err error) {
 	if rp.lock, err = ro.FS.Lock(filepath.Join(ro.Dir, lockFile)); err != nil {
 		return nil, fmt.Errorf("lock %s: %w", ro.Dir, err)
 	}
-	fresh, err := rp.openMeta()
+	if err := rp.openMeta(); err != nil {
+		return nil, err
+	}
+	if err := rp.openStore(); err != nil {
+		return nil, err
+	}
+	fresh, err := rp.noteStart()
 	if err != nil {
 		return nil, err
 	}
@@ -58,22 +64,54 @@ func openReplica(v *Volume, ro ReplicaOptions) (_ *replica, err error) {
 	return rp, nil
 }
 
-// openMeta reads who the replica is and notes this start, in one durable write
-// before anything else happens: a new boot without a clean stop before it has
-// made the replica amnesiac, and the mark of a clean stop is gone before the
-// first append. It reports whether the replica is started for the first time.
-func (rp *replica) openMeta() (fresh bool, err error) {
+// ErrDevice is returned (wrapped, with the cause) when the backing device of a
+// replica, which lies elsewhere than its other files, cannot be had: it is not
+// there, too small, or somebody else's. Nothing was written, and the replica is
+// what it was: to open it again later is all that it takes.
+var ErrDevice = errors.New("the backing device cannot be had")
+
+// openMeta reads who the replica is. It changes nothing.
+func (rp *replica) openMeta() (err error) {
 	if rp.metas, err = store.OpenMeta(rp.opt.FS, filepath.Join(rp.opt.Dir, metaFile)); err != nil {
-		return false, fmt.Errorf("open the replica's meta in %s: %w", rp.opt.Dir, err)
+		return fmt.Errorf("open the replica's meta in %s: %w", rp.opt.Dir, err)
 	}
 	m := rp.metas.Load()
 	if m.Volume != rp.v.opts.Volume || m.Node != rp.v.opts.Node {
-		return false, fmt.Errorf("%s holds a replica of volume %q (%x) of node %s, not of %q (%x) of %s: check data_dir",
+		return fmt.Errorf("%s holds a replica of volume %q (%x) of node %s, not of %q (%x) of %s: check data_dir",
 			rp.opt.Dir, m.Name, uint64(m.Volume), m.Node, rp.v.opts.Name, uint64(rp.v.opts.Volume), rp.v.opts.Node)
 	}
 	if m.Failed != "" {
-		return false, &failedError{id: m.Replica, reason: m.Failed}
+		return &failedError{id: m.Replica, reason: m.Failed}
 	}
+	rp.meta = m
+	rp.id = m.Replica
+	rp.logger = rp.logger.With("replica", fmt.Sprintf("%x", uint64(m.Replica)))
+	return nil
+}
+
+// openStore claims the backing store. It comes before the start is noted: a
+// replica that waits for its device is asked each second, and has not started.
+func (rp *replica) openStore() (err error) {
+	if rp.store, err = store.OpenStore(rp.opt.FS, rp.opt.Store, rp.meta.Size, false); err == nil {
+		return nil
+	}
+	if rp.opt.device() {
+		return fmt.Errorf("%w: %w", ErrDevice, err)
+	}
+	return rp.judgeOpen(err)
+}
+
+// device reports whether the backing store lies elsewhere than in the replica's
+// directory. What is not there then may come yet: a disk, a logical volume, a
+// mount.
+func (o *ReplicaOptions) device() bool { return o.Store != filepath.Join(o.Dir, storeFile) }
+
+// noteStart notes this start, in one durable write before anything else happens:
+// a new boot without a clean stop before it has made the replica amnesiac, and
+// the mark of a clean stop is gone before the first append. It reports whether
+// the replica is started for the first time.
+func (rp *replica) noteStart() (fresh bool, err error) {
+	m := rp.meta
 	sameBoot := m.BootID == rp.opt.BootID && m.BootID != ""
 	if !sameBoot && !m.Clean {
 		m.Amnesiac = true
@@ -81,18 +119,16 @@ func (rp *replica) openMeta() (fresh bool, err error) {
 	m.BootID, m.Clean = rp.opt.BootID, false
 	m.Incarnation++
 	m.LeaseMaxNanos = max(m.LeaseMaxNanos, int64(rp.opt.LeaseFor))
-	if err := rp.metas.Write(m); err != nil {
-		return false, fmt.Errorf("write the replica's meta: %w", err)
-	}
 	rp.meta = m
-	rp.id = m.Replica
+	if err := rp.writeMeta(); err != nil {
+		return false, err
+	}
 	rp.incarnation.Store(uint64(m.Incarnation))
-	rp.logger = rp.logger.With("replica", fmt.Sprintf("%x", uint64(m.Replica)))
 	return m.Incarnation == 1, nil
 }
 
-// openFiles opens log, checkpoint and backing store, brings the overlay back,
-// and returns what the core starts with.
+// openFiles opens log and checkpoint, brings the overlay back, and returns what
+// the core starts with.
 func (rp *replica) openFiles() (core.Start, error) {
 	var (
 		start core.Start
@@ -102,9 +138,6 @@ func (rp *replica) openFiles() (core.Start, error) {
 		return start, err
 	}
 	cp := rp.checkpoints.Load()
-	if rp.store, err = store.OpenStore(rp.opt.FS, rp.opt.Store, rp.meta.Size, false); err != nil {
-		return start, err
-	}
 	if err := fromCheckpoint(&cp, &start); err != nil {
 		return start, err
 	}

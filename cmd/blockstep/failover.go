@@ -42,7 +42,9 @@ the same rules: it is refused where a committed write could be lost.
 --force --accept-data-loss goes round them: the replicas that can be reached
 become the in-sync set, every NBD session ends with an error, and writes that only
 the missing replicas hold are gone. A primary that still runs on a side that
-cannot be reached is not stopped by it: make sure that it is off.`,
+cannot be reached is not stopped by it: make sure that it is off. When every
+in-sync replica has failed, or --to names one that has, it is taken back with what
+its disk holds still.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&r.To, "to", "", "node that becomes primary (default: the best replica)")

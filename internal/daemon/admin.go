@@ -107,6 +107,14 @@ func (b backend) ready() error {
 	if f.Refused != nil {
 		return control.Errorf(control.CodeFailed, "", "%v", f.Refused)
 	}
+	if err := b.d.raft.StoreError(); err != nil {
+		return control.Errorf(control.CodeFailed, "make room in "+b.d.cfg.DataDir+", or mend its disk: it is tried again by itself",
+			"this node cannot write its part of the cluster state: %v", err)
+	}
+	if f.Done {
+		return control.Errorf(control.CodeFailed, "start the nodes that are down; only if a majority of them is gone for good: blockstep recover --help",
+			"this node has not heard the cluster state since its start: there is no Raft leader that reaches it, which takes a majority of the nodes, up and connected")
+	}
 	why := f.Waiting
 	if why == "" {
 		why = "waiting for a Raft leader"
@@ -460,6 +468,9 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 	}
 	if res.Loss != state.LossNone || r.Force {
 		out.Lost = "answered writes that only the missing replicas hold are gone; every NBD session from before ends with an error. A primary that still runs on a side that cannot be reached is not stopped by this: make sure that it is off."
+	}
+	if rep := sv.Replica(ident.Node(out.Primary)); rep != nil && rep.Failed {
+		out.Lost = fmt.Sprintf("the replica on %s, which had failed (%s), is taken back with what its disk held still: check the content (fsck). What it had acknowledged and not fsynced may be gone, and ", out.Primary, rep.Reason) + out.Lost
 	}
 	if r.To == "" || out.Primary == r.To {
 		return out, nil

@@ -302,6 +302,11 @@ func (d *Daemon) runReport(key reportKey, m reportMsg) {
 // MarkFailed implements replication.Cluster.
 func (c clusterOf) MarkFailed(vol ident.Volume, r ident.Replica, reason string) {
 	d := c.d
+	if sv := d.state().Volumes[vol]; sv != nil && d.isCurrent() && !d.readmitting(sv) {
+		if rep := sv.Replica(d.self); rep != nil && rep.Failed && rep.Replica == r {
+			return // everybody knows: it was only tried again
+		}
+	}
 	d.local.add(control.Event{Node: string(d.self), Volume: d.volumeName(vol), Kind: "failed", Text: "the replica on this node failed: " + reason})
 	d.wg.Go(func() { d.runMarkFailed(vol, r, reason) })
 }

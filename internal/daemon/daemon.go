@@ -74,7 +74,7 @@ type Daemon struct {
 	joining  atomic.Pointer[error] // why this node's token has not let it in yet
 	current  chan struct{}         // closed when the cluster state here is known to be no old one
 	resync   atomic.Pointer[config.Resync]
-	retune   chan struct{} // capacity 1: resync has changed
+	retune   chan struct{} // capacity 1: every volume is to be looked at
 	resized  chan struct{} // capacity 1: a volume may have grown
 
 	vmu  sync.RWMutex // guards what follows
@@ -84,6 +84,7 @@ type Daemon struct {
 	rmu       sync.Mutex // guards what follows
 	reporting map[reportKey]bool
 	problems  map[ident.Volume]error // why a replica of this node is not open
+	readmits  map[ident.Volume]*readmission
 }
 
 // Hooks are what a daemon needs of its process to change while it runs; all may
@@ -114,6 +115,7 @@ func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs
 		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
 		current: make(chan struct{}), retune: make(chan struct{}, 1), resized: make(chan struct{}, 1), stopping: make(chan struct{}),
 		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
+		readmits: map[ident.Volume]*readmission{},
 	}
 	d.resync.Store(&cfg.Resync)
 	d.live.Store(cfg)

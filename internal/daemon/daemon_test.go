@@ -126,6 +126,11 @@ func TestJudge(t *testing.T) {
 	unheard := serving
 	unheard.Core.Peers = serving.Core.Peers[1:]
 	waiting := volumeReport{Reached: true, Open: true, Problem: devicePrefix + "/dev/sdb: it is in use", Waits: true}
+	missing := volumeReport{Reached: true, Open: true, Problem: devicePrefix + "/dev/sdb: there is no such device", Waits: true}
+	gone := volumeReport{Reached: true, Open: true, Replica: true, Problem: missing.Problem, Core: core.Status{Role: core.RoleFailed, State: "Failed"}}
+	closed := volumeReport{Reached: true, Open: true, Problem: "replica failed: no more sectors; if its disk is lost: blockstep invalidate db --node beta"}
+	full := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{Role: core.RoleFailed, State: "Failed", Reason: "append: no space left on device"}}
+	wiped := volumeReport{Reached: true, Open: true, Problem: "it is gone"}
 	suspended := serving
 	suspended.Core.Suspended = true
 	for _, tc := range []struct {
@@ -184,9 +189,41 @@ func TestJudge(t *testing.T) {
 			"no more sectors", control.Degraded, "InSync Failed InSync", "beta is Failed (no more sectors)", "replace the disk of beta, then: blockstep invalidate db --node beta",
 		},
 		{
+			"a disk failed, and now is gone",
+			map[ident.Node]volumeReport{"alpha": peers("Failed", "InSync"), "beta": gone, "gamma": up},
+			"no more sectors", control.Degraded, "InSync Failed InSync",
+			"beta is Failed (backing device /dev/sdb: there is no such device; before that: no more sectors)",
+			"replace the disk of beta, then: blockstep invalidate db --node beta",
+		},
+		{
+			"a replica that failed does not open, for the same reason",
+			map[ident.Node]volumeReport{"alpha": peers("Failed", "InSync"), "beta": closed, "gamma": up},
+			"no more sectors", control.Degraded, "InSync Failed InSync", "beta is Failed (no more sectors)",
+			"replace the disk of beta, then: blockstep invalidate db --node beta",
+		},
+		{
+			"a device is missing",
+			map[ident.Node]volumeReport{"alpha": unheard, "beta": missing, "gamma": up},
+			"", control.Degraded, "InSync Absent InSync", "beta is Absent (backing device /dev/sdb: there is no such device)",
+			"see to the device on beta: it is tried again by itself (blockstep wait db --for healthy); if its content is lost: blockstep invalidate db --node beta",
+		},
+		{
+			"a disk is full",
+			map[ident.Node]volumeReport{"alpha": peers("Failed", "InSync"), "beta": full, "gamma": up},
+			"", control.Degraded, "InSync Failed InSync", "beta is Failed (append: no space left on device)",
+			"make room on beta: it comes back by itself (blockstep wait db --for healthy)",
+		},
+		{
 			"the primary is dead",
 			map[ident.Node]volumeReport{"beta": up, "gamma": up},
 			"", control.Suspended, "Absent InSync InSync", "its primary alpha gives no answer; alpha is Absent", "start blockstepd on alpha, or check its network",
+		},
+		{
+			"the primary is alone, and no other is left",
+			map[ident.Node]volumeReport{"alpha": suspended, "beta": wiped, "gamma": wiped},
+			"", control.Suspended, "InSync Failed Failed",
+			"its primary alpha has no majority of the in-sync set, or too few copies (min_copies 2); beta is Failed (it is gone), gamma is Failed (it is gone)",
+			"bring back what is missing on beta, gamma (a mount, a disk): it is tried again by itself; only if it is lost: blockstep failover db --force --accept-data-loss",
 		},
 		{
 			"the primary is alone",
@@ -211,6 +248,48 @@ func TestJudge(t *testing.T) {
 				t.Errorf("got %s (%s), reason %q, next %q", got.Health, strings.Join(states, " "), got.Reason, got.Next)
 			}
 		})
+	}
+}
+
+// TestNextWithoutAPrimary: nothing can be copied from nobody, so what is suggested
+// is never invalidate.
+func TestNextWithoutAPrimary(t *testing.T) {
+	up := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{State: "InSync"}}
+	const force = "blockstep failover db --force --accept-data-loss"
+	for _, tc := range []struct {
+		name   string
+		failed string // nodes
+		away   string
+		next   string
+	}{
+		{"all have failed", "alpha beta gamma", "", force},
+		{"a majority has failed", "alpha beta", "", force},
+		{"a majority has failed, and one is away", "alpha beta", "gamma", "start blockstepd on gamma, or check its network"},
+		{"one has failed, and one is away", "alpha", "beta", "start blockstepd on beta, or check its network"},
+		{"one has failed, and there is no primary yet", "alpha", "", "wait: it goes on by itself (blockstep wait db --for primary)"},
+	} {
+		for _, wiped := range []bool{false, true} { // or their directories are gone, which only they know
+			sv := &state.Volume{Name: "db", Epoch: 4, Primary: "alpha", InSync: []ident.Node{"alpha", "beta", "gamma"}, Options: state.Options{MinCopies: 2}}
+			reports := map[ident.Node]volumeReport{}
+			for _, n := range sv.InSync {
+				failed := strings.Contains(tc.failed, string(n))
+				sv.Replicas = append(sv.Replicas, state.Replica{Node: n, Replica: 1, Failed: failed && !wiped, Reason: "no more sectors"})
+				switch {
+				case tc.away == string(n):
+				case failed && wiped:
+					reports[n] = volumeReport{Reached: true, Open: true, Problem: "the replica that was here is gone"}
+				default:
+					reports[n] = up
+				}
+			}
+			want := tc.next
+			if wiped && want == force {
+				want = "bring back what is missing on " + strings.ReplaceAll(tc.failed, " ", ", ") + " (a mount, a disk): it is tried again by itself; only if it is lost: " + force
+			}
+			if got := statusOf(sv, reports); got.Next != want || got.Health != control.Suspended {
+				t.Errorf("%s, wiped %v: %s, next %q, want %q", tc.name, wiped, got.Health, got.Next, want)
+			}
+		}
 	}
 }
 

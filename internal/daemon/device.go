@@ -10,12 +10,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/raft/state"
+	"github.com/blockstep/blockstep/replication"
 	"github.com/blockstep/blockstep/replication/store"
 )
 
@@ -35,12 +37,65 @@ func (e *deviceError) Unwrap() error { return e.err }
 var (
 	errInUse    = errors.New("it is in use: mounted, part of another device, or of another volume")
 	errNoDevice = errors.New("there is no such device")
+	errFileHere = errors.New("a regular file stands there, and no block device: it lies in memory and is gone with the boot; remove it")
 )
 
-// busyDevice reports whether err is that somebody else has the backing device at
-// path. A file in the data_dir has no path here: nobody else has business there.
-func busyDevice(path string, err error) bool {
-	return path != "" && errors.Is(err, store.ErrBusy)
+// waitsFor words why the backing device at path cannot be had as yet; nil for an
+// error of another kind. A file in the data_dir has no path here: nobody else has
+// business there, and nothing brings it back.
+func waitsFor(path string, err error) error {
+	var dev *deviceError
+	switch {
+	case path == "":
+		return nil
+	case errors.As(err, &dev):
+		return dev
+	case errors.Is(err, store.ErrBusy):
+		return &deviceError{path, errInUse}
+	case !errors.Is(err, replication.ErrDevice):
+		return nil
+	case gone(err):
+		return &deviceError{path, errNoDevice}
+	}
+	return &deviceError{path, err}
+}
+
+// gone reports whether an error of opening a path says that nothing is there: no
+// entry, or one with no device behind it.
+func gone(err error) bool {
+	for _, e := range []error{fs.ErrNotExist, syscall.ENXIO, syscall.ENODEV, syscall.ENOTDIR, syscall.ENOMEDIUM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// deviceHere says whether what a replica was made on, of size bytes, is at its
+// path still. It claims nothing.
+func deviceHere(path string, size uint64) error {
+	st, err := os.Stat(path)
+	switch {
+	case err != nil && gone(err):
+		return errNoDevice
+	case err != nil:
+		return err
+	case st.Mode().IsRegular() && inMemory(path):
+		return errFileHere
+	case st.Mode().IsRegular() && uint64(st.Size()) < size:
+		return tooSmall(st.Size(), size)
+	}
+	return nil
+}
+
+// inMemory reports whether a path leads into /dev.
+func inMemory(path string) bool {
+	real, err := filepath.EvalSymlinks(path)
+	return inDev(path) || err == nil && inDev(real)
+}
+
+func tooSmall(have int64, size uint64) error {
+	return fmt.Errorf("it has %s, and the volume needs %s", config.FormatSize(have), config.FormatSize(int64(size)))
 }
 
 // checkDevice says whether a path will do as the backing store of a new replica
@@ -60,6 +115,9 @@ func (d *Daemon) checkDevice(path string, size uint64) error {
 	if !grows && st.Mode()&fs.ModeType != fs.ModeDevice {
 		return errors.New("neither a block device nor a file")
 	}
+	if grows && inMemory(path) {
+		return errFileHere
+	}
 	f, err := d.fs.Open(path, vfs.Claim)
 	if errors.Is(err, vfs.ErrLocked) {
 		return errInUse
@@ -72,7 +130,7 @@ func (d *Daemon) checkDevice(path string, size uint64) error {
 		return err
 	}
 	if !grows && uint64(have) < size {
-		return fmt.Errorf("it has %s, and the volume needs %s", config.FormatSize(have), config.FormatSize(int64(size)))
+		return tooSmall(have, size)
 	}
 	return nil
 }

@@ -292,6 +292,101 @@ func TestADiskThatIsFull(t *testing.T) {
 	beta.same("alpha", "beta", "gamma")
 }
 
+// TestEveryDiskFails: the disks of all replicas fail, one after the other. The
+// volume stands still, and nothing is guessed; what status suggests works when it
+// is typed, up to a healthy volume with all that was flushed.
+func TestEveryDiskFails(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "")
+	beta := nodes["beta"]
+	c := beta.open("db")
+	flushed := bytes.Repeat([]byte("this was flushed "), 4000)[:65536]
+	for i := range uint64(8) {
+		if err := errors.Join(c.WriteAt(t.Context(), flushed, i*65536), c.Flush(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := beta.pusher()
+	defer stop()
+	for _, name := range []string{"alpha", "beta", "gamma"} {
+		nodes[name].faults.on(syscall.EIO, "/log/", vfs.OpSync)
+	}
+	for _, name := range []string{"alpha", "beta", "gamma"} {
+		beta.sees(name, control.Failed, "input/output error")
+	}
+	stop()
+	for _, n := range nodes {
+		n.faults.off()
+	}
+	nodes["gamma"].halt() // a restart forgets nothing
+	nodes["gamma"].start()
+	beta.sees("gamma", control.Failed, "input/output error")
+	beta.eventually(30*time.Second, "all three say so, and what to do", func(ctx context.Context) error {
+		v, err := beta.client.VolumeStatus(ctx, "db")
+		if err == nil && (v.Health != control.Suspended || v.Next != "blockstep failover db --force --accept-data-loss") {
+			err = fmt.Errorf("%s: %s; next: %s", v.Health, v.Reason, v.Next)
+		}
+		return err
+	})
+	if _, err := beta.client.Failover(t.Context(), "db", control.Failover{}); err == nil || !strings.Contains(err.Error(), "--force --accept-data-loss") {
+		t.Errorf("a failover without force: %v", err)
+	}
+	if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "gamma"}); err == nil {
+		t.Error("the replica on gamma was given up while there was none to copy it from")
+	}
+	res, err := beta.client.Failover(t.Context(), "db", control.Failover{Force: true, AcceptDataLoss: true})
+	if err != nil || !strings.Contains(res.Lost, "input/output error") {
+		t.Fatalf("%+v, %v", res, err)
+	}
+	// While its raft log is replayed it has failed, as it had.
+	nodes[res.Primary].halt()
+	nodes[res.Primary].start()
+	for range 2 {
+		var node string
+		beta.eventually(20*time.Second, "the next step is to copy one that failed", func(ctx context.Context) error {
+			v, err := beta.client.VolumeStatus(ctx, "db")
+			if err == nil {
+				if _, step, _ := strings.Cut(v.Next, ", then: blockstep invalidate db --node "); step != "" && step != node {
+					node = step
+					return nil
+				}
+				err = fmt.Errorf("%s: %s; next: %s", v.Health, v.Reason, v.Next)
+			}
+			return err
+		})
+		if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: node}); err != nil {
+			t.Fatal(err)
+		}
+		beta.sees(node, control.InSync, "")
+	}
+	beta.healthy("db")
+	for i := range uint64(8) {
+		if got := beta.read("db", i*65536, 65536); !bytes.Equal(got, flushed) {
+			t.Errorf("block %d: what was flushed is gone", i)
+		}
+	}
+	beta.same("alpha", "beta", "gamma")
+}
+
+// pusher writes behind the first MiB through a node until it is stopped; what comes
+// of it is nobody's business.
+func (n *testNode) pusher() (stop func()) {
+	n.t.Helper()
+	c := n.open("db")
+	ctx, cancel := context.WithCancel(n.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := uint64(0); ctx.Err() == nil; i++ {
+			if c.WriteAt(ctx, bytes.Repeat([]byte{byte(i)}, 16384), 1<<20+i%64*16384) != nil {
+				return
+			}
+			pause(ctx, time.Millisecond)
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
 // TestAResizeWithoutRoom: a volume that one replica's disk has no room for does
 // not grow, and no replica has failed for it: with the new size in the cluster
 // state each one without the room would have, and nothing would bring it back.
@@ -410,11 +505,44 @@ func TestACorruptLog(t *testing.T) {
 	if err := c.WriteAt(t.Context(), []byte("goes on"), 0); err != nil {
 		t.Error(err)
 	}
+	gamma.refusesReadmission("corrupt")
 	if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "gamma"}); err != nil {
 		t.Fatal(err)
 	}
 	beta.healthy("db")
 	beta.same("alpha", "beta", "gamma")
+}
+
+// refusesReadmission: a replica that does not verify is not taken back, and that it
+// was tried is not told again and again.
+func (n *testNode) refusesReadmission(reason string) {
+	n.t.Helper()
+	d := n.daemon.Load()
+	sv := d.state().Volume("db")
+	ctx, cancel := context.WithTimeout(n.t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := d.serveReadmit(ctx, d.self, epochCall{sv.ID, sv.Epoch}); err == nil || !strings.Contains(err.Error(), reason) {
+		n.t.Errorf("%s is taken back: %v", n.name, err)
+	}
+	told := func() (count int) {
+		if err := n.client.Events(ctx, "", false, func(e control.Event) error {
+			if e.Kind == "failed" {
+				count++
+			}
+			return nil
+		}); err != nil {
+			n.t.Fatal(err)
+		}
+		return count
+	}
+	before := told()
+	for range 20 {
+		d.wake() // the keeper of the volume tries to open it
+		pause(ctx, 100*time.Millisecond)
+	}
+	if after := told(); before == 0 || after > before+1 {
+		n.t.Errorf("it is told %d times, and was %d times", after, before)
+	}
 }
 
 // flipFirst flips a bit in the first place of the files in dir where the bytes

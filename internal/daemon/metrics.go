@@ -65,6 +65,9 @@ func (d *Daemon) notReady() string {
 	if d.leaving.Load() {
 		return "this node is stopping"
 	}
+	if d.state().ClusterID == "" && d.raft.Founding().Done {
+		return "this node has not heard the cluster state since its start"
+	}
 	if d.state().ClusterID == "" {
 		return "the cluster is not founded yet: " + d.raft.Founding().Waiting
 	}

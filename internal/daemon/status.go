@@ -46,6 +46,12 @@ func (r volumeReport) serving() bool {
 	return r.Reached && r.Replica && r.Core.Role == core.RolePrimary && !r.Core.Suspended
 }
 
+// inOffice reports whether the node says that it is primary, be it one that has
+// too few copies to answer its clients: others can be copied from it.
+func (r volumeReport) inOffice() bool {
+	return r.Reached && r.Replica && r.Core.Role == core.RolePrimary
+}
+
 type volumeCall struct {
 	Volume ident.Volume `json:"volume"`
 }
@@ -63,7 +69,10 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 	if err := d.problemOf(id); err != nil && !errors.Is(err, errNotCurrent) {
 		r.Problem = err.Error()
 		var e *deviceError
-		r.Waits = errors.As(err, &e)
+		r.Waits = errors.As(err, &e) && !d.hasFailed(&r.View)
+	}
+	if err := d.raft.StoreError(); err != nil && r.Problem == "" && d.volume(id) == nil {
+		r.Problem = "it cannot write its part of the cluster state: " + err.Error()
 	}
 	if d.failover != nil {
 		r.Waiting = d.failover.Waiting(id)
@@ -76,7 +85,25 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 	st := v.driver.Status()
 	r.Stall = st.Stall
 	r.Open, r.Replica, r.Core, r.Held = true, v.replica.Load(), st.Core, st.Held
+	if rep := r.View.Replica(d.self); rep != nil && rep.Device != "" && r.Problem == "" && st.Core.Role == core.RoleFailed {
+		// Nobody opens what has failed: only here it is seen that it is gone, too.
+		if err := deviceHere(rep.Device, r.View.Size); err != nil {
+			r.Problem = (&deviceError{rep.Device, err}).Error()
+		}
+	}
 	return r
+}
+
+// hasFailed reports whether the cluster state says that the replica that lies
+// here has failed: what brings it back is an operator's word, and its device
+// alone does not. One that is being made anew is not there.
+func (d *Daemon) hasFailed(sv *state.Volume) bool {
+	rep := sv.Replica(d.self)
+	if rep == nil || !rep.Failed {
+		return false
+	}
+	id, err := d.localReplica(d.replicaDir(sv.ID))
+	return err == nil && id == rep.Replica
 }
 
 func (d *Daemon) serveReportOf(_ context.Context, _ ident.Node, c volumeCall) (volumeReport, error) {
@@ -255,6 +282,9 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 	}
 	if r.Failed {
 		out.State, out.Reason = control.Failed, r.Reason
+		if own.Problem != "" && !strings.Contains(own.Problem, r.Reason) {
+			out.Reason = own.Problem + "; before that: " + r.Reason
+		}
 	}
 	if own.Reached && !own.Replica && own.Waits {
 		// Also one that had failed: it is being made anew.
@@ -309,7 +339,7 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 		}
 		off = append(off, word)
 	}
-	out.Next = nextStep(out)
+	out.Next = nextStep(out, sv, serving, reports[sv.Primary].inOffice())
 	switch {
 	case !serving:
 		out.Health = control.Suspended
@@ -347,28 +377,6 @@ func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off 
 		reason += "; " + strings.Join(off, ", ")
 	}
 	return reason
-}
-
-// nextStep is the command for the first replica that needs an operator.
-func nextStep(out *control.VolumeStatus) string {
-	for _, r := range out.Replicas {
-		switch r.State {
-		case control.Absent:
-			if r.Reason == foreignReason {
-				return "blockstep node replace " + r.Node
-			}
-			if strings.HasPrefix(r.Reason, devicePrefix) {
-				return fmt.Sprintf("see to the device on %s: it is tried again by itself (blockstep wait %s --for healthy)", r.Node, out.Volume)
-			}
-			return fmt.Sprintf("start blockstepd on %s, or check its network", r.Node)
-		case control.Failed:
-			return fmt.Sprintf("replace the disk of %s, then: blockstep invalidate %s --node %s", r.Node, out.Volume, r.Node)
-		case control.CatchingUp, control.Resyncing, control.Amnesiac:
-			return fmt.Sprintf("wait: it comes back by itself (blockstep wait %s --for healthy)", out.Volume)
-		case control.InSync:
-		}
-	}
-	return ""
 }
 
 // foreign finds the members whose address answers with another data_dir than the

@@ -139,9 +139,11 @@ func (d *Daemon) keepVolume(ctx context.Context, id ident.Volume) error {
 		v, problem := d.openVolume(ctx, sv)
 		if v != nil {
 			d.showView(v, sv)
+			d.keepReadmit(ctx, v, sv)
 		}
 		return problem
 	}
+	d.keepReadmit(ctx, v, sv)
 	problem := d.keepReplica(ctx, v, sv)
 	if now := d.state().Volumes[id]; now != nil {
 		sv = now
@@ -184,8 +186,8 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 
 // replicaLost words the error of a replica that does not open.
 func (d *Daemon) replicaLost(sv *state.Volume, rep *state.Replica, err error) error {
-	if busyDevice(rep.Device, err) && !rep.Failed {
-		return &deviceError{rep.Device, errInUse}
+	if dev := waitsFor(rep.Device, err); dev != nil {
+		return dev
 	}
 	return fmt.Errorf("%w; if its disk is lost: blockstep invalidate %s --node %s", err, sv.Name, d.self)
 }
@@ -277,10 +279,7 @@ func sameView(a, b core.View) bool {
 // way too: from a configuration that was read anew. It returns at once.
 func (d *Daemon) setResync(r config.Resync) {
 	d.resync.Store(&r)
-	select {
-	case d.retune <- struct{}{}:
-	default: // it is about to be looked at
-	}
+	d.wake()
 }
 
 // ratesOf are the bounds of a volume's resyncs: its own where it has some, else
@@ -316,7 +315,8 @@ func (d *Daemon) viewOf(sv *state.Volume) core.View {
 		view.HoldNanos = max(sv.Options.ErrorAfterMillis, 1) * int64(time.Millisecond)
 	}
 	for _, r := range sv.Replicas {
-		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: r.Failed, Leaving: r.Leaving})
+		failed := r.Failed && !(r.Node == d.self && (d.readmitting(sv) || d.outlived(sv)))
+		view.Members = append(view.Members, core.Member{Node: r.Node, Replica: r.Replica, Failed: failed, Leaving: r.Leaving})
 	}
 	return view
 }
@@ -369,6 +369,9 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 	replace := rep.Failed && !sv.InSet(d.self)
 	switch {
 	case err == nil && rep.Replica == local && !d.shallRemake(sv.ID, rep):
+		if errors.Is(deviceHere(rep.Device, 0), errFileHere) {
+			return nil, &deviceError{rep.Device, errFileHere}
+		}
 		return ro, nil
 	case !d.isCurrent():
 		return nil, errNotCurrent
@@ -406,15 +409,33 @@ func (d *Daemon) makeReplica(ctx context.Context, sv *state.Volume, ro *replicat
 			return 0, &deviceError{ro.Store, err}
 		}
 	}
+	ctx, done := d.whileWanted(ctx, sv.ID)
+	defer done()
 	id, err := replication.CreateReplica(ctx, replication.Options{Volume: sv.ID, Name: sv.Name, Node: d.self, Replica: ro}, sv.Size)
-	if busyDevice(ro.Store, err) {
-		return 0, &deviceError{ro.Store, errInUse}
+	if dev := waitsFor(ro.Store, err); dev != nil {
+		return 0, dev
 	}
 	if err != nil {
 		return 0, err
 	}
 	d.log.Info("replica made", "volume", sv.Name, "dir", ro.Dir, "replica", fmt.Sprintf("%016x", uint64(id)))
 	return id, nil
+}
+
+// whileWanted gives a context that ends when the cluster state wants no replica of
+// a volume here any more: to make one may take hours, and a device that nobody
+// needs is free before that. Whoever asks calls done.
+func (d *Daemon) whileWanted(ctx context.Context, id ident.Volume) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		d.until(ctx, func(s *state.State) bool {
+			v := s.Volumes[id]
+			return v == nil || v.Deleted || v.Replica(d.self) == nil
+		})
+		cancel()
+	})
+	return ctx, func() { cancel(); wg.Wait() }
 }
 
 // localReplica reads the id of the replica in dir; fs.ErrNotExist when there is

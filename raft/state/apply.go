@@ -46,6 +46,7 @@ const (
 	RulePosition       Rule = "position-below-epoch"
 	RulePrimaryReplica Rule = "primary-stays"
 	RuleDevice         Rule = "device-in-use"
+	RuleReadmit        Rule = "readmit-alone-and-by-force"
 )
 
 // Result answers a command.

@@ -156,6 +156,9 @@ type Promote struct {
 	Heard       []ident.Node      `json:"heard"`          // whose answers counted
 	Set         []ident.Node      `json:"set,omitempty"`  // with LossForced only: the set from now on
 	Rule        string            `json:"rule,omitempty"` // why, for the event
+	// Readmit, with LossForced only: Node's replica had failed and has none beside it in Set. It
+	// is taken back with what its disk holds still, at an operator's word.
+	Readmit bool `json:"readmit,omitempty"` // version 2
 }
 
 // ChangeSet changes the in-sync set. Only the primary of Epoch gives it.
@@ -216,6 +219,9 @@ func (c *Command) Encode() ([]byte, error) {
 	d := *c
 	if d.V == 0 {
 		d.V = 1
+		if d.Promote != nil && d.Promote.Readmit {
+			d.V = 2 // to leave it out would be to refuse what the others have done
+		}
 	}
 	if d.Kind() == "" {
 		return nil, fmt.Errorf("command: exactly one kind must be set: %w", ErrCorrupt)
@@ -239,8 +245,8 @@ func DecodeCommand(b []byte) (Command, error) {
 	if err := json.Unmarshal(b, &head); err != nil {
 		return Command{}, fmt.Errorf("command: %w: %w", ErrCorrupt, err)
 	}
-	if head.V > Version {
-		return Command{}, fmt.Errorf("command version %d, this build knows %d: %w", head.V, Version, ErrNewer)
+	if head.V > CommandVersion {
+		return Command{}, fmt.Errorf("command version %d, this build knows %d: %w", head.V, CommandVersion, ErrNewer)
 	}
 	if head.V < 1 {
 		return Command{}, fmt.Errorf("command version %d: %w", head.V, ErrCorrupt)

@@ -28,6 +28,10 @@ func (s *State) promote(c *Command, p *Promote) Result {
 		v.InSync = slices.Clone(p.Set)
 		v.SetVersion++
 	}
+	was := ""
+	if rep := v.Replica(p.Node); p.Readmit {
+		was, rep.Failed, rep.Reason = failedText(rep), false, ""
+	}
 	v.Epoch, v.Primary = p.Epoch, p.Node
 	v.PrimaryReplica, v.PrimaryIncarnation, v.PrimaryPosition = p.Replica, p.Incarnation, p.Position
 	if loss != LossNone {
@@ -49,6 +53,9 @@ func (s *State) promote(c *Command, p *Promote) Result {
 		e.Fields["loss"] = string(loss)
 		e.Text += fmt.Sprintf("; %s: answered writes that were not flushed may be gone, sessions from before end with an error", loss)
 	}
+	if was != "" {
+		e.Text += fmt.Sprintf("; its replica, which had %s, is taken back as it is", was)
+	}
 	res := s.event(c, v, e)
 	res.Loss = loss
 	return res
@@ -68,7 +75,9 @@ func promotable(v *Volume, p *Promote) Result {
 		return refuse(RuleNoReplica, "volume %q has no replica on %q", v.Name, p.Node)
 	case rep.Replica == 0 || rep.Replica != p.Replica:
 		return refuse(RuleReplicaID, "the replica of %q on %q is not the registered one", v.Name, p.Node)
-	case rep.Failed:
+	case p.Readmit && (p.Loss != LossForced || len(p.Set) != 1 || !rep.Failed):
+		return refuse(RuleReadmit, "only a replica that failed is taken back, alone, and by force: %q on %q", v.Name, p.Node)
+	case rep.Failed && !p.Readmit:
 		return refuse(RuleFailed, "the replica of %q on %q failed: %s", v.Name, p.Node, rep.Reason)
 	case p.Position.Epoch >= p.Epoch:
 		return refuse(RulePosition, "position %s is not below epoch %d", p.Position, p.Epoch)
@@ -89,7 +98,7 @@ func promotable(v *Volume, p *Promote) Result {
 		return refuse(RulePrimaryInSet, "the primary %q must be in the set", p.Node)
 	}
 	for _, n := range p.Set {
-		if v.Replica(n).Failed {
+		if v.Replica(n).Failed && !p.Readmit {
 			return refuse(RuleFailed, "the replica of %q on %q failed", v.Name, n)
 		}
 	}

@@ -21,6 +21,9 @@ type Round struct {
 	// still absent.
 	PowerLoss bool
 	GraceOver bool
+	// Readmit are replicas that have failed and were opened again at an operator's
+	// word: DecideForced counts them, after all that have not failed.
+	Readmit []ident.Node
 }
 
 // VerdictKind is what follows from a round.
@@ -63,6 +66,7 @@ type Verdict struct {
 	Set       []ident.Node // DecideForced: the set from now on, sorted
 	Epoch     ident.Epoch  // VerdictRaise
 	WaitNanos int64        // VerdictLease
+	Readmit   bool         // DecideForced: Node's replica had failed
 	Missing   []string     // who does not count, and why: "gamma (no answer)"
 	Sealed    bool         // someone accepted: it serves nobody older from now on
 	// PrimaryLives: the primary itself declined because of its lease.
@@ -95,7 +99,7 @@ func (r *Round) hear(nodes []ident.Node) heard {
 		a, answered := r.Answers[n]
 		miss := func(why string) { h.missing = append(h.missing, fmt.Sprintf("%s (%s)", n, why)) }
 		switch {
-		case rep.Failed:
+		case rep.Failed && !slices.Contains(r.Readmit, n):
 			h.failed = append(h.failed, n)
 			continue
 		case rep.Replica == 0:
@@ -152,10 +156,12 @@ func (r *Round) hearAnswer(h *heard, n ident.Node, rep *Replica, a ident.SealAns
 func (r *Round) best(nodes []ident.Node) ident.Node {
 	sorted := slices.Sorted(slices.Values(nodes))
 	rank := func(n ident.Node) int {
-		switch n {
-		case r.Prefer:
+		switch {
+		case r.Volume.Replica(n).Failed:
+			return -1
+		case n == r.Prefer:
 			return 3
-		case r.Avoid:
+		case n == r.Avoid:
 			return 0
 		}
 		if r.Volume.Replica(n).Leaving {
@@ -248,7 +254,8 @@ func (r *Round) elect(out *Verdict, nodes []ident.Node) {
 // DecideForced is the operator's way round step 3: the best of those that
 // could be sealed, which may lack what others hold. A lease that is in force is
 // never overruled. Members of the in-sync set go first; only when none of them
-// could be sealed is another whole replica taken, alone.
+// could be sealed is another whole replica taken, alone. One that had failed and
+// is taken back (Readmit) is alone too: what else failed is copied anew from it.
 func DecideForced(r Round) Verdict {
 	v := r.Volume
 	in := r.hear(v.InSync)
@@ -280,11 +287,15 @@ func DecideForced(r Round) Verdict {
 		r.elect(&verdict, usable)
 		verdict.Loss = LossForced
 		verdict.Heard = slices.Sorted(slices.Values(usable))
-		verdict.Set = set
-		if len(set) == 0 {
+		verdict.Set = slices.DeleteFunc(set, func(n ident.Node) bool { return v.Replica(n).Failed })
+		verdict.Rule = "forced by an operator, who accepts that answered writes may be lost"
+		if v.Replica(verdict.Node).Failed {
+			verdict.Set, verdict.Readmit = nil, true
+			verdict.Rule += "; no better replica is left than one that had failed"
+		}
+		if len(verdict.Set) == 0 {
 			verdict.Set = []ident.Node{verdict.Node}
 		}
-		verdict.Rule = "forced by an operator, who accepts that answered writes may be lost"
 	}
 	return verdict
 }

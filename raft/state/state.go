@@ -19,9 +19,12 @@ import (
 	"github.com/blockstep/blockstep/internal/ident"
 )
 
-// Version is the newest version of a command or a snapshot that this build
-// understands.
-const Version = 1
+// Version is the newest version of a snapshot that this build understands,
+// CommandVersion that of a command.
+const (
+	Version        = 1
+	CommandVersion = 2
+)
 
 // ErrNewer is returned when bytes were written by a newer blockstep. They are
 // good; this build must not go on as if they were not there.

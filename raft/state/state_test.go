@@ -166,7 +166,11 @@ func TestPromoteCompares(t *testing.T) {
 		"set, not forced": {func(p *Promote) { p.Set = []ident.Node{"b"} }, RuleOnlyForcedSet},
 		"forced, no set":  {func(p *Promote) { p.Loss = LossForced }, RuleEmptySet},
 		"forced, not in":  {func(p *Promote) { p.Loss, p.Set = LossForced, []ident.Node{"a"} }, RulePrimaryInSet},
-		"forced, twice":   {func(p *Promote) { p.Loss, p.Set = LossForced, []ident.Node{"b", "b"} }, RuleBadValue},
+		"readmit a good one": {func(p *Promote) {
+			p.Loss, p.Set, p.Readmit = LossForced, []ident.Node{"b"}, true
+		}, RuleReadmit},
+		"readmit, not forced": {func(p *Promote) { p.Readmit = true }, RuleReadmit},
+		"forced, twice":       {func(p *Promote) { p.Loss, p.Set = LossForced, []ident.Node{"b", "b"} }, RuleBadValue},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := promote(s, "b", 2)
@@ -376,7 +380,7 @@ func TestEncodingVersions(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	if _, err := DecodeCommand([]byte(`{"v":2,"teleport":{}}`)); !errors.Is(err, ErrNewer) {
+	if _, err := DecodeCommand([]byte(`{"v":3,"teleport":{}}`)); !errors.Is(err, ErrNewer) {
 		t.Errorf("newer command: %v", err)
 	}
 	for _, bad := range []string{"", "{}", `{"v":1}`, `{"v":1,"add_event":{},"promote":{}}`} {
@@ -390,6 +394,13 @@ func TestEncodingVersions(t *testing.T) {
 		t.Fatal(err)
 	}
 	if d, err := DecodeCommand(b); err != nil || d.Promote.Node != "b" || d.V != 1 {
+		t.Errorf("%+v, %v", d, err)
+	}
+	c.Promote.Readmit = true // an older build must not take it for one without
+	if b, err = c.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := DecodeCommand(b); err != nil || !d.Promote.Readmit || d.V != 2 {
 		t.Errorf("%+v, %v", d, err)
 	}
 }

@@ -50,8 +50,9 @@ type Store struct {
 // OpenStore opens the backing store at path. With create, a file that is not
 // there is made, sparse, with its directory entry durable; an existing file or
 // block device must have at least size bytes, or be a file that can grow.
-// Size 0 takes the size that is there. What somebody else has claimed (another
-// replica, a mount) is ErrBusy.
+// Without create one that has fewer is ErrSize: it has lost its end, which no
+// zeroes replace. Size 0 takes the size that is there. What somebody else has
+// claimed (another replica, a mount) is ErrBusy.
 func OpenStore(fs vfs.FS, path string, size uint64, create bool) (*Store, error) {
 	flags := vfs.Claim
 	if create {
@@ -79,7 +80,11 @@ func (s *Store) open(size uint64, create bool) error {
 	if size == 0 {
 		size = uint64(have)
 	}
-	if uint64(have) < size {
+	switch {
+	case uint64(have) >= size:
+	case !create:
+		return fmt.Errorf("store: %w: %s has %d bytes, and the volume %d", ErrSize, s.path, have, size)
+	default:
 		if err := s.file.Truncate(int64(size)); err != nil {
 			return fmt.Errorf("store: %w: %s has %d bytes, the volume %d, and it cannot grow: %w", ErrSize, s.path, have, size, err)
 		}
