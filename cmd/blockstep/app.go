@@ -137,34 +137,19 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		short.Hidden = true
 		root.AddCommand(short)
 	}
+	root.SetHelpCommand(helpCmd())
+	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {
 		if c.Name() == "completion" {
 			group(c)
+			for _, shell := range c.Commands() {
+				shell.Args = noArgs
+			}
 		}
 	}
 	a.addCompletion(root)
 	return root
-}
-
-// group makes a command that only holds others refuse what it does not know.
-// Without a RunE cobra would print the help for an unknown verb too, and call
-// that success.
-func group(cmd *cobra.Command) *cobra.Command {
-	cmd.Args = cobra.ArbitraryArgs
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if len(args) == 0 {
-			return cmd.Help()
-		}
-		var names []string
-		for _, c := range cmd.Commands() {
-			if !c.Hidden {
-				names = append(names, c.Name())
-			}
-		}
-		return fmt.Errorf("unknown command %q; allowed here: %s", args[0], strings.Join(names, ", "))
-	}
-	return cmd
 }
 
 // verb makes the RunE of a verb: its error counts as one of the run.

@@ -29,7 +29,7 @@ With --follow it goes on until Ctrl-C. When the daemon is restarted meanwhile it
 waits, and goes on after the last event that it printed: none is missing, none
 comes twice. (What a node alone noticed is forgotten when its daemon ends.)`,
 		Example: "  blockstep events --follow\n  blockstep events --json --since 57.12.9f3a01c4",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on printing until Ctrl-C")
 	cmd.Flags().StringVar(&since, "since", "", "begin after the event with this cursor")

@@ -20,7 +20,7 @@ import (
 func (a *app) manCmd(root *cobra.Command) *cobra.Command {
 	var dir string
 	cmd := &cobra.Command{
-		Use: "man --dir DIR", Short: "Write the manual pages", Args: cobra.NoArgs, Hidden: true,
+		Use: "man --dir DIR", Short: "Write the manual pages", Args: noArgs, Hidden: true,
 		Long: "Writes blockstep.1, a page for each verb, blockstepd.8 and blockstep.yaml.5 into DIR.",
 	}
 	cmd.Flags().StringVar(&dir, "dir", "", "directory, made when it is not there (required)")

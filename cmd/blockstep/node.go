@@ -12,7 +12,7 @@ import (
 )
 
 func (a *app) nodeCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "node", Short: "List and change the members of the cluster"})
+	cmd := group(&cobra.Command{Use: "node COMMAND", Short: "List and change the members of the cluster"})
 	cmd.AddCommand(
 		a.nodeListCmd(), a.nodeAddCmd(),
 		a.nodeRemoveCmd(),
@@ -47,7 +47,7 @@ func nodeTable(w io.Writer, nodes []control.NodeStatus) {
 
 func (a *app) nodeListCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "List the members", Args: cobra.NoArgs,
+		Use: "list", Short: "List the members", Args: noArgs,
 		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
 			nodes, err := c.Nodes(ctx)
 			if err != nil {
