@@ -84,6 +84,15 @@ func (a *app) printEvent(e control.Event) error {
 	if about == "" {
 		about = "cluster"
 	}
-	_, err := fmt.Fprintf(a.out, "%s  %-12s %-14s %s\n", e.Time.Local().Format(time.DateTime), about, e.Kind, e.Text)
+	_, err := fmt.Fprintf(a.out, "%s  %-12s %-*s %s\n", e.Time.Local().Format(time.DateTime), about, kindWidth, e.Kind, e.Text)
 	return err
 }
+
+// kindWidth is what the longest kind of event takes: events come one by one, so
+// that the column cannot be fitted to those that are shown.
+var kindWidth = func() (width int) {
+	for _, k := range control.EventKinds {
+		width = max(width, len(k))
+	}
+	return width
+}()
