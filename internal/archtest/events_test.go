@@ -13,6 +13,7 @@ import (
 // more and no less. `blockstep events` takes the width of its column from it.
 func TestEventKinds(t *testing.T) {
 	made := map[string]string{}
+	named := stringConstants(loadTree(t))
 	for _, f := range loadTree(t) {
 		if f.test || !underAny(f.dir, []string{"raft", "replication", "internal/daemon"}) {
 			continue
@@ -20,7 +21,7 @@ func TestEventKinds(t *testing.T) {
 		ast.Inspect(f.tree, func(n ast.Node) bool {
 			lit, ok := n.(*ast.CompositeLit)
 			if ok && typeName(lit.Type) == "Event" {
-				if kind := kindOf(lit); kind != "" {
+				if kind := kindOf(lit, named); kind != "" {
 					made[kind] = f.at(lit)
 				}
 			}
@@ -50,20 +51,43 @@ func typeName(e ast.Expr) string {
 	return ""
 }
 
+// stringConstants are the constants of the tree that are a string, by name.
+func stringConstants(files []*file) map[string]string {
+	out := map[string]string{}
+	for _, f := range files {
+		ast.Inspect(f.tree, func(n ast.Node) bool {
+			spec, ok := n.(*ast.ValueSpec)
+			if !ok || len(spec.Names) != 1 || len(spec.Values) != 1 {
+				return true
+			}
+			if lit, ok := spec.Values[0].(*ast.BasicLit); ok {
+				if s, err := strconv.Unquote(lit.Value); err == nil {
+					out[spec.Names[0].Name] = s
+				}
+			}
+			return true
+		})
+	}
+	return out
+}
+
 // kindOf is the kind that an event is made with, "" when it is no constant.
-func kindOf(lit *ast.CompositeLit) string {
+func kindOf(lit *ast.CompositeLit, named map[string]string) string {
 	for _, e := range lit.Elts {
 		kv, ok := e.(*ast.KeyValueExpr)
 		if !ok {
 			continue
 		}
-		key, _ := kv.Key.(*ast.Ident)
-		value, _ := kv.Value.(*ast.BasicLit)
-		if key == nil || value == nil || (key.Name != "Name" && key.Name != "Kind") {
+		if key, _ := kv.Key.(*ast.Ident); key == nil || (key.Name != "Name" && key.Name != "Kind") {
 			continue
 		}
-		if s, err := strconv.Unquote(value.Value); err == nil {
-			return s
+		switch value := kv.Value.(type) {
+		case *ast.BasicLit:
+			if s, err := strconv.Unquote(value.Value); err == nil {
+				return s
+			}
+		case *ast.Ident:
+			return named[value.Name]
 		}
 	}
 	return ""

@@ -5,7 +5,7 @@ package control
 var EventKinds = []string{
 	// Of the cluster state: each node has them, and they outlive its daemons.
 	"cluster-founded", "cluster-recovered", "settings",
-	"node-added", "node-removed", "node-replaced", "node-started",
+	"node-added", "node-invited", "node-removed", "node-replaced", "node-started",
 	"volume-created", "volume-deleted", "volume-resized", "options",
 	"replica-added", "replica-failed", "replica-leaving", "replica-registered", "replica-removed",
 	"promoted", "set-changed", "invalidated",
