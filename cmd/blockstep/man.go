@@ -134,7 +134,8 @@ first. On SIGHUP it reads its configuration again and applies what can change
 while it runs; the log names what needs a restart.
 
 Exit status: 0 stopped as asked, 1 failed, 2 bad usage or configuration, 3 the
-node was removed from the cluster (blockstepd.service is not restarted then).`)
+node was removed from the cluster (blockstepd.service is not restarted then; with
+on_removed: wait it waits to be stopped first).`)
 	fs := pflag.NewFlagSet("blockstepd", pflag.ContinueOnError)
 	config.DaemonFlags(fs)
 	flagSection(b, "OPTIONS", fs)
