@@ -37,13 +37,9 @@ func (b backend) invite(ctx context.Context, r control.AddNode) (control.AddedNo
 	if life <= 0 || life > tokenLifeMax {
 		return out, control.Errorf(control.CodeUsage, fmt.Sprintf("allowed are 1s to %v", tokenLifeMax), "a token cannot be good for %v", life)
 	}
-	st := b.d.state()
-	if st.Nodes[ident.Node(r.Name)] != nil {
-		return out, control.Errorf(control.CodeRefused, "for a new data_dir of it: blockstep node replace "+r.Name, "node %s is a member already", r.Name)
-	}
 	now := time.Now()
 	open := 0
-	for _, i := range st.Invitations() {
+	for _, i := range b.d.state().Invitations() {
 		if i.Expires > now.UnixNano() && i.Name != ident.Node(r.Name) {
 			open++
 		}

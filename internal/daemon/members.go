@@ -143,6 +143,9 @@ func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedN
 	if _, _, err := config.SplitAddress(r.Address, false); err != nil {
 		return out, control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
 	}
+	if b.d.state().Nodes[ident.Node(r.Name)] != nil {
+		return out, control.Errorf(control.CodeRefused, "for a new data_dir of it: blockstep node replace "+r.Name, "node %s is a member already", r.Name)
+	}
 	if r.Token {
 		return b.invite(ctx, r)
 	}
