@@ -221,7 +221,7 @@ func (c *Controller) work(ctx context.Context, t *volumeTask, j *job) (state.Res
 			}
 		}
 		if j.operator && out.hopeless(time.Now().After(deadline)) {
-			return state.Result{}, operatorError(v, out.verdict)
+			return state.Result{}, operatorError(v, j, out.verdict)
 		}
 		if !j.operator && c.asked(t) {
 			return state.Result{}, nil
@@ -302,9 +302,12 @@ func (o outcome) hopeless(late bool) bool {
 	return late
 }
 
-func operatorError(v *state.Volume, verdict state.Verdict) error {
+func operatorError(v *state.Volume, j *job, verdict state.Verdict) error {
 	if verdict.PrimaryLives {
 		return fmt.Errorf("%s is primary of %s and lives: use 'blockstep switchover %s --to NODE'", v.Primary, v.Name, v.Name)
+	}
+	if j.force {
+		return fmt.Errorf("%s; bring one of them back: there is no content to go on with", verdict.Text())
 	}
 	return fmt.Errorf("%s; bring the missing nodes back, or accept that writes are lost with 'blockstep failover %s --force --accept-data-loss'", verdict.Text(), v.Name)
 }

@@ -31,6 +31,9 @@ const (
 const (
 	// askTimeout bounds verbs that only read.
 	askTimeout = 15 * time.Second
+	// readTimeoutMax is the longest of them: whoever waits for longer has asked
+	// for a change.
+	readTimeoutMax = doctorTimeout
 	// changeTimeout bounds verbs that change something; it is longer than any
 	// limit that the daemon sets itself.
 	changeTimeout = 90 * time.Second
@@ -199,7 +202,7 @@ func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command,
 		if errors.Is(err, context.Canceled) {
 			return interrupted(limit)
 		}
-		if errors.Is(err, context.DeadlineExceeded) && limit <= askTimeout {
+		if errors.Is(err, context.DeadlineExceeded) && limit <= readTimeoutMax {
 			return control.Errorf(control.CodeTimeout, "look at its log, and whether its process stands still or its disk hangs; another node tells as much: --admin tcp://HOST:PORT", "the daemon gives no answer within %v", limit)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
@@ -211,7 +214,7 @@ func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command,
 
 // interrupted is how a verb ends on Ctrl-C that does not end by it as planned.
 func interrupted(limit time.Duration) error {
-	if limit <= askTimeout {
+	if limit <= readTimeoutMax {
 		return errors.New("interrupted")
 	}
 	return control.Errorf(control.CodeFailed, "it may still happen: look at blockstep status", "interrupted")

@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -169,6 +171,20 @@ func TestUnreachable(t *testing.T) {
 		if _, err := Dial(addr); !errors.As(err, &e) || e.Code != CodeUsage {
 			t.Errorf("%q: %v", addr, err)
 		}
+	}
+}
+
+// TestNotAllowed: a socket that this user may not use is no daemon that does not
+// run.
+func TestNotAllowed(t *testing.T) {
+	c, err := Dial("unix:///run/blockstep/admin.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
+	err = c.classify(t.Context(), denied)
+	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "this user may not use") || strings.Contains(err.Error(), "start blockstepd") {
+		t.Errorf("got %v", err)
 	}
 }
 
