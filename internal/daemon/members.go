@@ -205,7 +205,7 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		}
 	}
 	if len(left) > 0 {
-		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again",
+		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again, or go on with fewer copies: stop it, then blockstep node remove "+node+" --force",
 			"%s is primary of nothing any more, but no other node has room for its replicas of %s", node, strings.Join(left, ", "))
 	}
 	return nil
