@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -171,6 +172,29 @@ func TestErrors(t *testing.T) {
 			got = strings.ReplaceAll(got, `"`+host+`"`, `"HOST"`)
 			if got != tc.want {
 				t.Errorf("got  %s\nwant %s", got, tc.want)
+			}
+		})
+	}
+}
+
+// TestMistypedVariable: one that looks like a key is one that was meant; others
+// are left alone.
+func TestMistypedVariable(t *testing.T) {
+	for name, want := range map[string]string{
+		"BLOCKSTEP_VOLUME_LEASES": "environment variable BLOCKSTEP_VOLUME_LEASES: no key is called so; did you mean BLOCKSTEP_VOLUME_LEASE? Else unset it, or rename it",
+		"BLOCKSTEP_DATADIR":       "environment variable BLOCKSTEP_DATADIR: no key is called so; did you mean BLOCKSTEP_DATA_DIR? Else unset it, or rename it",
+		"BLOCKSTEP_ADMIN":         "", // the command's
+		"BLOCKSTEP_BIN":           "", // of the tests, and in the environment of their daemons
+		"BLOCKSTEP_SIM_SEEDS":     "",
+		"BLOCKSTEP_PORT_7700_TCP": "", // as supervisors make them
+		"BLOCKSTEP_SERVICE_HOST":  "",
+		"BLOCKSTEPS":              "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(name, "x")
+			_, err := Load(write(t, good), nil)
+			if got := fmt.Sprint(err); got != want && (want != "" || err != nil) {
+				t.Errorf("got  %s\nwant %s", got, want)
 			}
 		})
 	}
