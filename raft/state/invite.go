@@ -27,7 +27,7 @@ const (
 )
 
 // Invitation lets a node become a member by itself, with a token that is made
-// for it. It is an event of the cluster state (adr/0017): each node has it, and
+// for it. It is an event of the cluster state (adr/0019): each node has it, and
 // a build that knows no invitations keeps it all the same.
 type Invitation struct {
 	ID      uint64 // of the event
