@@ -76,8 +76,10 @@ func TestUdevRule(t *testing.T) {
 func TestCompose(t *testing.T) {
 	var c struct {
 		Services map[string]struct {
-			Hostname string
-			Networks map[string]struct {
+			Hostname    string
+			Restart     string
+			Healthcheck struct{ Test []string }
+			Networks    map[string]struct {
 				Address string `yaml:"ipv4_address"`
 			}
 			Volumes []string
@@ -95,6 +97,13 @@ func TestCompose(t *testing.T) {
 		got := load(t, c.Configs["blockstep"].Content, s.Hostname)
 		if want := s.Networks["blockstep"].Address + ":7700"; name != s.Hostname || got.Self().Address != want {
 			t.Errorf("service %s, host name %s: its address in the configuration is %s and its container has %s", name, s.Hostname, got.Self().Address, want)
+		}
+		// This policy starts again what ended with any code, also a removed node.
+		if s.Restart != "unless-stopped" || got.OnRemoved != config.OnRemovedWait {
+			t.Errorf("service %s: restart %s and on_removed %s do not go together", name, s.Restart, got.OnRemoved)
+		}
+		if len(s.Healthcheck.Test) < 3 || s.Healthcheck.Test[0] != "CMD" || s.Healthcheck.Test[1] != "/bin/blockstep" {
+			t.Errorf("service %s: its check %q needs a shell, which the image does not have", name, s.Healthcheck.Test)
 		}
 		for _, v := range s.Volumes {
 			if from, _, _ := strings.Cut(v, ":"); len(c.Volumes) != 3 || !has(c.Volumes, from) {

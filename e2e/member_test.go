@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -39,6 +40,21 @@ func TestRemovedNode(t *testing.T) {
 		gamma.start()
 	}
 	gamma.kill()
+
+	// For a supervisor that starts again whatever ends it stays, until it is
+	// stopped.
+	c.writeConfig(gamma, options{config: map[string]string{"on_removed": "wait"}})
+	gamma.start()
+	eventually(t, 60*time.Second, "it says that it waits", func() bool {
+		return strings.Contains(lastRun(gamma.log()), "waits to be stopped (on_removed: wait)")
+	})
+	if !gamma.running() {
+		t.Errorf("it ended all the same:\n%s", gamma.tail(3))
+	}
+	gamma.signal(syscall.SIGTERM)
+	if code := gamma.ends(20 * time.Second); code != 3 {
+		t.Errorf("stopped, it ended with exit code %d, want 3", code)
+	}
 	c.waitHealthy("db")
 }
 

@@ -28,7 +28,8 @@ type node struct {
 	bootFile string
 	cfgFile  string
 	logFile  string
-	boots    int // how often the machine "booted"
+	bin      string // directory of its daemon; "": the one that is tested
+	boots    int    // how often the machine "booted"
 	disk     *crashDisk
 	// sockets are handed to the daemon as systemd does it, under these names.
 	sockets     []*os.File
@@ -61,7 +62,11 @@ func (n *node) tryStart() error {
 	}
 	defer log.Close()
 	fmt.Fprintf(log, "--- %s: start of %s\n", time.Now().Format("15:04:05.000"), n.name)
-	args := []string{filepath.Join(binDir, "blockstepd"), "--config", n.cfgFile}
+	bin := binDir
+	if n.bin != "" {
+		bin = n.bin
+	}
+	args := []string{filepath.Join(bin, "blockstepd"), "--config", n.cfgFile}
 	if n.c.net != nil {
 		// ip becomes the daemon by exec: the process id is the daemon's.
 		args = append([]string{"ip", "netns", "exec", n.c.net.name(n.name)}, args...)

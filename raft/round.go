@@ -316,7 +316,7 @@ func operatorError(v *state.Volume, j *job, verdict state.Verdict) error {
 				verdict.Text(), r.Node, r.Reason, v.Name, r.Node)
 		}
 	}
-	return fmt.Errorf("%s; bring the missing nodes back, or their disks", verdict.Text())
+	return fmt.Errorf("%s; bring one of them back: there is no content to go on with", verdict.Text())
 }
 
 // asked reports whether an operator waits for this worker.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -30,6 +31,9 @@ const (
 const (
 	// askTimeout bounds verbs that only read.
 	askTimeout = 15 * time.Second
+	// readTimeoutMax is the longest of them: whoever waits for longer has asked
+	// for a change.
+	readTimeoutMax = doctorTimeout
 	// changeTimeout bounds verbs that change something; it is longer than any
 	// limit that the daemon sets itself.
 	changeTimeout = 90 * time.Second
@@ -39,6 +43,7 @@ const (
 type app struct {
 	in       io.Reader
 	out, err io.Writer
+	stdout   io.Writer // what is behind out, for who needs the file itself
 	config   string
 	admin    string
 	json     bool
@@ -58,12 +63,17 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 
 func (a *app) main(ctx context.Context, args []string) int {
 	errOut := a.err
+	printed := &sink{w: a.out}
+	a.stdout, a.out = a.out, printed
 	root := a.root()
 	root.SetArgs(args)
 	root.SetIn(a.in)
-	root.SetOut(a.out)
 	root.SetErr(errOut)
 	cmd, err := root.ExecuteContextC(ctx)
+	if lost := printed.failed(); lost != nil && (err == nil || errors.Is(err, lost)) {
+		fmt.Fprintf(errOut, "blockstep: the output is not whole: %v\n", lost)
+		return exitFailed
+	}
 	if err == nil {
 		return exitDone
 	}
@@ -120,6 +130,7 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	root.SetOut(a.out) // the completion's commands take it when they are made
 	root.SetVersionTemplate("blockstep {{.Version}}\n")
 	group(root)
 	f := root.PersistentFlags()
@@ -137,34 +148,19 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		short.Hidden = true
 		root.AddCommand(short)
 	}
+	root.SetHelpCommand(helpCmd())
+	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {
 		if c.Name() == "completion" {
 			group(c)
+			for _, shell := range c.Commands() {
+				shell.Args = noArgs
+			}
 		}
 	}
 	a.addCompletion(root)
 	return root
-}
-
-// group makes a command that only holds others refuse what it does not know.
-// Without a RunE cobra would print the help for an unknown verb too, and call
-// that success.
-func group(cmd *cobra.Command) *cobra.Command {
-	cmd.Args = cobra.ArbitraryArgs
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if len(args) == 0 {
-			return cmd.Help()
-		}
-		var names []string
-		for _, c := range cmd.Commands() {
-			if !c.Hidden {
-				names = append(names, c.Name())
-			}
-		}
-		return fmt.Errorf("unknown command %q; allowed here: %s", args[0], strings.Join(names, ", "))
-	}
-	return cmd
 }
 
 // verb makes the RunE of a verb: its error counts as one of the run.
@@ -203,7 +199,10 @@ func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command,
 			defer cancel()
 		}
 		err = f(ctx, c, args)
-		if errors.Is(err, context.DeadlineExceeded) && limit <= askTimeout {
+		if errors.Is(err, context.Canceled) {
+			return interrupted(limit)
+		}
+		if errors.Is(err, context.DeadlineExceeded) && limit <= readTimeoutMax {
 			return control.Errorf(control.CodeTimeout, "look at its log, and whether its process stands still or its disk hangs; another node tells as much: --admin tcp://HOST:PORT", "the daemon gives no answer within %v", limit)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
@@ -211,6 +210,14 @@ func (a *app) askAfter(limit time.Duration, before, f talk) func(*cobra.Command,
 		}
 		return err
 	})
+}
+
+// interrupted is how a verb ends on Ctrl-C that does not end by it as planned.
+func interrupted(limit time.Duration) error {
+	if limit <= readTimeoutMax {
+		return errors.New("interrupted")
+	}
+	return control.Errorf(control.CodeFailed, "it may still happen: look at blockstep status", "interrupted")
 }
 
 // dial finds the daemon: --admin, --config, BLOCKSTEP_ADMIN,
@@ -254,13 +261,41 @@ func (a *app) print(v any, table func(w io.Writer)) error {
 	return enc.Encode(v)
 }
 
+// sink passes on what is printed, and remembers that it could not be: most of
+// those who print have nobody to tell, and a script must not take half a table
+// on a full disk for the whole.
+type sink struct {
+	w io.Writer
+
+	mu  sync.Mutex
+	err error // the first
+}
+
+func (s *sink) Write(p []byte) (int, error) {
+	n, err := s.w.Write(p)
+	if err != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.err == nil {
+			s.err = err
+		}
+	}
+	return n, err
+}
+
+func (s *sink) failed() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
 // columns writes rows of cells, tab-separated, as an aligned table.
 func columns(w io.Writer, rows ...[]string) {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	for _, r := range rows {
 		fmt.Fprintln(t, strings.TrimRight(strings.Join(r, "\t"), "\t"))
 	}
-	_ = t.Flush() // out is the terminal: nobody to tell
+	_ = t.Flush() // the sink remembers
 }
 
 func yesNo(b bool) string {

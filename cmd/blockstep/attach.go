@@ -65,7 +65,7 @@ func (a *app) detachCmd() *cobra.Command {
 
 func (a *app) attachmentsCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "attachments", Short: "List the kernel devices of this host", Args: cobra.NoArgs,
+		Use: "attachments", Short: "List the kernel devices of this host", Args: noArgs,
 		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
 			list, err := c.Attachments(ctx)
 			if err != nil {

@@ -27,7 +27,7 @@ With --story the nodes are processes, and it tells a story on real data: it
 writes an ext4 image through NBD, kills the primary in the middle, goes on on the
 same session, brings the dead node back, and compares all three replicas byte by
 byte. It ends with 0 only if all of that held.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	f := cmd.Flags()
 	f.BoolVar(&story, "story", false, "tell the story and end")
@@ -58,7 +58,7 @@ byte. It ends with 0 only if all of that held.`,
 // demoNodeCmd runs one node of the story; it is not for people.
 func (a *app) demoNodeCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "demo-node", Short: "Run one node of the demo", Args: cobra.NoArgs, Hidden: true,
+		Use: "demo-node", Short: "Run one node of the demo", Args: noArgs, Hidden: true,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			cfg, err := config.Load(a.config, nil)
 			if err != nil {

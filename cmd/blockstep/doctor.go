@@ -19,7 +19,7 @@ const doctorTimeout = 30 * time.Second
 
 func (a *app) doctorCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "doctor", Short: "Check hosts, disks, network and configuration of all nodes", Args: cobra.NoArgs,
+		Use: "doctor", Short: "Check hosts, disks, network and configuration of all nodes", Args: noArgs,
 		Long: `Has each node look at its host (nbd module, limits, clock), at its disk (free
 space, how long an fsync takes) and at its links, compares versions, clocks and
 configurations of the nodes, and says what to do about what it finds. Exit code 1

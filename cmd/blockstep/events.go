@@ -29,7 +29,7 @@ With --follow it goes on until Ctrl-C. When the daemon is restarted meanwhile it
 waits, and goes on after the last event that it printed: none is missing, none
 comes twice. (What a node alone noticed is forgotten when its daemon ends.)`,
 		Example: "  blockstep events --follow\n  blockstep events --json --since 57.12.9f3a01c4",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on printing until Ctrl-C")
 	cmd.Flags().StringVar(&since, "since", "", "begin after the event with this cursor")
@@ -84,6 +84,15 @@ func (a *app) printEvent(e control.Event) error {
 	if about == "" {
 		about = "cluster"
 	}
-	_, err := fmt.Fprintf(a.out, "%s  %-12s %-14s %s\n", e.Time.Local().Format(time.DateTime), about, e.Kind, e.Text)
+	_, err := fmt.Fprintf(a.out, "%s  %-12s %-*s %s\n", e.Time.Local().Format(time.DateTime), about, kindWidth, e.Kind, e.Text)
 	return err
 }
+
+// kindWidth is what the longest kind of event takes: events come one by one, so
+// that the column cannot be fitted to those that are shown.
+var kindWidth = func() (width int) {
+	for _, k := range control.EventKinds {
+		width = max(width, len(k))
+	}
+	return width
+}()

@@ -69,7 +69,7 @@ func (a *app) follow(ctx context.Context, c *control.Client, volume, start, stop
 		}
 		if want != acted {
 			run := exec.CommandContext(ctx, "sh", "-c", want)
-			run.Stdout, run.Stderr = a.out, a.err
+			run.Stdout, run.Stderr = a.stdout, a.err
 			if err := run.Run(); err != nil && ctx.Err() == nil {
 				fmt.Fprintf(a.err, "blockstep: %s: %v; trying again\n", want, err)
 				pause = followAgain

@@ -20,7 +20,7 @@ import (
 func (a *app) manCmd(root *cobra.Command) *cobra.Command {
 	var dir string
 	cmd := &cobra.Command{
-		Use: "man --dir DIR", Short: "Write the manual pages", Args: cobra.NoArgs, Hidden: true,
+		Use: "man --dir DIR", Short: "Write the manual pages", Args: noArgs, Hidden: true,
 		Long: "Writes blockstep.1, a page for each verb, blockstepd.8 and blockstep.yaml.5 into DIR.",
 	}
 	cmd.Flags().StringVar(&dir, "dir", "", "directory, made when it is not there (required)")
@@ -134,7 +134,8 @@ first. On SIGHUP it reads its configuration again and applies what can change
 while it runs; the log names what needs a restart.
 
 Exit status: 0 stopped as asked, 1 failed, 2 bad usage or configuration, 3 the
-node was removed from the cluster (blockstepd.service is not restarted then).`)
+node was removed from the cluster (blockstepd.service is not restarted then; with
+on_removed: wait it waits to be stopped first).`)
 	fs := pflag.NewFlagSet("blockstepd", pflag.ContinueOnError)
 	config.DaemonFlags(fs)
 	flagSection(b, "OPTIONS", fs)

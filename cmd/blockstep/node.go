@@ -12,7 +12,7 @@ import (
 )
 
 func (a *app) nodeCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "node", Short: "List and change the members of the cluster"})
+	cmd := group(&cobra.Command{Use: "node COMMAND", Short: "List and change the members of the cluster"})
 	cmd.AddCommand(
 		a.nodeListCmd(), a.nodeAddCmd(),
 		a.nodeRemoveCmd(),
@@ -47,7 +47,7 @@ func nodeTable(w io.Writer, nodes []control.NodeStatus) {
 
 func (a *app) nodeListCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "List the members", Args: cobra.NoArgs,
+		Use: "list", Short: "List the members", Args: noArgs,
 		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
 			nodes, err := c.Nodes(ctx)
 			if err != nil {
@@ -69,8 +69,8 @@ configuration that lists all nodes, itself included: it waits to be added.
 With --token the order is the other one: it prints a token, good once, for that
 name and address, and for the time of --expires. The new node is given it as
 BLOCKSTEP_JOIN_TOKEN, or in the file that join.token_file names, and joins by
-itself when it is started. The daemon that made the token has to run then, and
-forgets it when it is restarted.`,
+itself when it is started, whichever member answers it. A newer token for the
+same name takes the place of the one before.`,
 		Example: "  blockstep node add delta --address 10.1.0.4:7700\n  blockstep node add delta --address 10.1.0.4:7700 --token --expires 24h",
 	}
 	cmd.Flags().StringVar(&r.Address, "address", "", "the node's HOST:PORT (required)")

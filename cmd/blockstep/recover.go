@@ -18,7 +18,7 @@ func (a *app) recoverCmd() *cobra.Command {
 	var o daemon.RecoverOptions
 	var yes bool
 	cmd := &cobra.Command{
-		Use: "recover", Short: "Go on without a majority of the nodes, when they are gone for good", Args: cobra.NoArgs,
+		Use: "recover", Short: "Go on without a majority of the nodes, when they are gone for good", Args: noArgs,
 		Long: `For a cluster that lost the majority of its nodes for ever. It works on this node's
 data directory, with blockstepd stopped, and makes this node (or those of --keep)
 the whole Raft group. Without --yes it only shows what would happen.

@@ -12,7 +12,7 @@ import (
 
 func (a *app) reloadCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "reload", Short: "Have the daemon read its configuration again", Args: cobra.NoArgs,
+		Use: "reload", Short: "Have the daemon read its configuration again", Args: noArgs,
 		Long: `Has the daemon on this host read its configuration again, as SIGHUP does. What can
 change while it runs is applied; what cannot is named, and stays as it was until
 the daemon is restarted. A configuration that is not valid changes nothing.`,

@@ -66,7 +66,7 @@ suspended (nobody serves: I/O is held and goes on by itself, it does not fail).`
 func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
-	screen := a.terminal(a.out, a.out)
+	screen := a.terminal(a.stdout, a.stdout)
 	for {
 		var frame bytes.Buffer
 		err := show(&frame)
@@ -84,7 +84,9 @@ func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 			fmt.Fprintln(&frame, err)
 		}
 		if !a.json {
-			a.draw(frame.String(), screen)
+			if err := a.draw(frame.String(), screen); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -96,7 +98,7 @@ func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 
 // draw writes one frame of a live screen: home, each line cleared to its end,
 // and what an earlier, longer frame left below.
-func (a *app) draw(frame string, screen bool) {
+func (a *app) draw(frame string, screen bool) error {
 	head := fmt.Sprintf("%s  (every %v, Ctrl-C ends)", time.Now().Format(time.TimeOnly), watchEvery)
 	text := head + "\n\n" + frame
 	if screen {
@@ -104,7 +106,8 @@ func (a *app) draw(frame string, screen bool) {
 	} else {
 		text += "\n"
 	}
-	_, _ = io.WriteString(a.out, text) // out is the terminal: nobody to tell
+	_, err := io.WriteString(a.out, text)
+	return err
 }
 
 // clusterTable begins with what an operator must know: what is wrong, why, and

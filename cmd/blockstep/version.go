@@ -12,7 +12,7 @@ import (
 
 func (a *app) versionCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		Use: "version", Short: "Print the version", Args: noArgs,
 		RunE: a.verb(func(context.Context, []string) error {
 			return a.print(map[string]string{"version": daemon.Version()}, func(w io.Writer) { fmt.Fprintln(w, "blockstep", daemon.Version()) })
 		}),

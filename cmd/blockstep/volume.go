@@ -13,7 +13,7 @@ import (
 )
 
 func (a *app) volumeCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "volume", Short: "Create, list, resize and delete volumes"})
+	cmd := group(&cobra.Command{Use: "volume COMMAND", Short: "Create, list, resize and delete volumes"})
 	cmd.AddCommand(a.volumeCreateCmd(), a.volumeListCmd(), a.volumeDeleteCmd(), a.volumeResizeCmd(), a.volumeSetCmd())
 	return cmd
 }
@@ -99,7 +99,7 @@ func parseDevices(list []string) (map[string]string, error) {
 
 func (a *app) volumeListCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "List the volumes", Args: cobra.NoArgs,
+		Use: "list", Short: "List the volumes", Args: noArgs,
 		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
 			vols, err := c.Volumes(ctx)
 			if err != nil {

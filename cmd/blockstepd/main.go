@@ -85,6 +85,10 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	switch {
 	case errors.Is(err, daemon.ErrRemoved):
 		fmt.Fprintf(errOut, "blockstepd: %v\n", err)
+		if cfg.OnRemoved == config.OnRemovedWait {
+			fmt.Fprintln(errOut, "blockstepd: it serves nothing, and waits to be stopped (on_removed: wait)")
+			<-ctx.Done()
+		}
 		return exitRemoved
 	case err != nil:
 		fmt.Fprintf(errOut, "blockstepd: %v\n", err)

@@ -21,6 +21,7 @@ var abouts = map[string]about{
 	"node":         {help: "this node's name, one of nodes (default: the host name)"},
 	"data_dir":     {help: "directory of this node's state: cluster state, logs, and backing files of volumes without a device"},
 	"nodes":        {help: "the founding members: NAME: {address: HOST:PORT, witness: true|false}. A witness votes and stores nothing"},
+	"on_removed":   {help: "when this node is no member any more: exit with code 3, or wait to be stopped, for a supervisor that starts again whatever ends"},
 	"boot_id_file": {help: "file whose content changes with each boot: by it a replica knows that its machine crashed"},
 
 	"nbd.listen":            {help: "NBD addresses, unix:///PATH or tcp://HOST:PORT; a list, of which an entry may also be a map with address, mode, group, read_only and allow"},

@@ -38,6 +38,7 @@ func (l *loader) build() *Config {
 		File:       l.file,
 		Cluster:    l.str("cluster"),
 		DataDir:    l.path("data_dir"),
+		OnRemoved:  l.enum("on_removed"),
 		BootIDFile: l.path("boot_id_file"),
 		Nodes:      l.nodes(),
 		Admin:      l.admin(),

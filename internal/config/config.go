@@ -53,10 +53,17 @@ type Config struct {
 	Join    Join
 
 	FailoverAuto bool   // replace a dead primary without an operator
+	OnRemoved    string // exit or wait, when this node is no member any more
 	BootIDFile   string // its content changes with each boot of the machine
 
 	values map[string]string // each key's effective value, for Diff
 }
+
+// The values of Config.OnRemoved.
+const (
+	OnRemovedExit = "exit"
+	OnRemovedWait = "wait"
+)
 
 // Node is one founding member.
 type Node struct {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -131,10 +132,10 @@ func TestEnvironmentAndFlagsOverride(t *testing.T) {
 func TestErrors(t *testing.T) {
 	replace := func(old, new string) string { return strings.Replace(good, old, new, 1) }
 	for _, tc := range []struct{ name, text, want string }{
-		{"unknown key", good + "data-dir: /x\n", `FILE:12: data-dir: unknown key; did you mean "data_dir"? allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, raft, resync, volume`},
+		{"unknown key", good + "data-dir: /x\n", `FILE:12: data-dir: unknown key; did you mean "data_dir"? allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, on_removed, raft, resync, volume`},
 		{"unknown key in a section", replace("nbd:   {listen", "nbd:   {lisen"), `FILE:8: nbd.lisen: unknown key; did you mean "listen"? allowed here: handshake_timeout, idle_timeout, listen, max_connections, max_requests, stall_timeout, tls`},
 		{"unknown key of a node", replace(", witness", ", witnes"), `FILE:7: nodes.gamma.witnes: unknown key; did you mean "witness"? allowed here: address, witness`},
-		{"key in the wrong case", replace("cluster:", "Cluster:"), "FILE:1: Cluster: unknown key; did you mean \"cluster\"? allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, raft, resync, volume"},
+		{"key in the wrong case", replace("cluster:", "Cluster:"), "FILE:1: Cluster: unknown key; did you mean \"cluster\"? allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, on_removed, raft, resync, volume"},
 		{"section as a value", good + "volume: 3\n", `FILE:12: volume: is a section, not a value; allowed under it: ack, after_power_loss, heartbeat, lease, log_retention, no_quorum_timeout, on_no_quorum, power_loss_grace, stall_timeout`},
 		{"value as a list", replace("node: Alpha", "node: [Alpha]"), "FILE:2: node: is a single value, not a list or a map; write it as node: VALUE"},
 		{"node not in nodes", replace("node: Alpha", "node: delta"), `FILE:2: node: "delta" is not one of the nodes; allowed are the names under nodes: Alpha, beta, gamma`},
@@ -158,7 +159,7 @@ func TestErrors(t *testing.T) {
 		{"two listeners on one address", replace("127.0.0.1:9720", "127.0.0.1:10809"), `FILE:8: nbd.listen: 127.0.0.1:10809 is used by metrics.listen already; give each its own address`},
 		{"tls half set", replace("nbd:   {", "nbd:   {tls: {cert: /a.pem}, "), `FILE:8: nbd.tls: cert and key go together, and one is missing; set both nbd.tls.cert and nbd.tls.key to PEM files, or none`},
 		{"not YAML", "cluster: [", `FILE: not valid YAML: line 1: did not find expected node content; correct the line; see the example in blockstep's documentation`},
-		{"not a map", "- a\n", `FILE: the file is not a list of KEY: VALUE lines; allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, raft, resync, volume`},
+		{"not a map", "- a\n", `FILE: the file is not a list of KEY: VALUE lines; allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, on_removed, raft, resync, volume`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			file := write(t, tc.text)
@@ -171,6 +172,29 @@ func TestErrors(t *testing.T) {
 			got = strings.ReplaceAll(got, `"`+host+`"`, `"HOST"`)
 			if got != tc.want {
 				t.Errorf("got  %s\nwant %s", got, tc.want)
+			}
+		})
+	}
+}
+
+// TestMistypedVariable: one that looks like a key is one that was meant; others
+// are left alone.
+func TestMistypedVariable(t *testing.T) {
+	for name, want := range map[string]string{
+		"BLOCKSTEP_VOLUME_LEASES": "environment variable BLOCKSTEP_VOLUME_LEASES: no key is called so; did you mean BLOCKSTEP_VOLUME_LEASE? Else unset it, or rename it",
+		"BLOCKSTEP_DATADIR":       "environment variable BLOCKSTEP_DATADIR: no key is called so; did you mean BLOCKSTEP_DATA_DIR? Else unset it, or rename it",
+		"BLOCKSTEP_ADMIN":         "", // the command's
+		"BLOCKSTEP_BIN":           "", // of the tests, and in the environment of their daemons
+		"BLOCKSTEP_SIM_SEEDS":     "",
+		"BLOCKSTEP_PORT_7700_TCP": "", // as supervisors make them
+		"BLOCKSTEP_SERVICE_HOST":  "",
+		"BLOCKSTEPS":              "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(name, "x")
+			_, err := Load(write(t, good), nil)
+			if got := fmt.Sprint(err); got != want && (want != "" || err != nil) {
+				t.Errorf("got  %s\nwant %s", got, want)
 			}
 		})
 	}

@@ -40,6 +40,7 @@ var keys = []key{
 	{name: "node", flag: "node", help: "this node's name, one of nodes (default: the host name)"},
 	{name: "data_dir", def: "/var/lib/blockstep", flag: "data-dir", help: "where this node keeps its state"},
 	{name: "nodes", kind: kindNodes},
+	{name: "on_removed", kind: kindEnum, def: "exit", allowed: []string{OnRemovedExit, OnRemovedWait}},
 	{name: "boot_id_file", def: "/proc/sys/kernel/random/boot_id", flag: "boot-id-file", help: "file whose content changes with each boot"},
 
 	{name: "nbd.listen", kind: kindListeners, def: "unix:///run/blockstep/nbd.sock", flag: "nbd-listen", help: "NBD addresses, unix:///PATH, tcp://HOST:PORT or fd://NAME, separated by commas"},

@@ -37,6 +37,7 @@ func Load(file string, fs *pflag.FlagSet) (*Config, error) {
 		return nil, err
 	}
 	c := l.build()
+	l.checkEnv(os.Environ())
 	if len(l.errs) > 0 {
 		return nil, errors.Join(l.errs...)
 	}
@@ -119,6 +120,30 @@ func open(file string, fs *pflag.FlagSet) (*loader, error) {
 		}
 	}
 	return l, nil
+}
+
+// checkEnv reports variables that look like a mistyped key. Others under the
+// prefix are not ours to judge: the command has some, supervisors make some.
+func (l *loader) checkEnv(environ []string) {
+	known := []string{EnvFile, EnvPrefix + "_ADMIN"}
+	for _, k := range keys {
+		known = append(known, envName(k.name))
+	}
+	for _, pair := range environ {
+		name, _, _ := strings.Cut(pair, "=")
+		if !strings.HasPrefix(name, EnvPrefix+"_") || slices.Contains(known, name) {
+			continue
+		}
+		best, bestDist := "", 3
+		for _, k := range known {
+			if d := distance(name, k); d < bestDist {
+				best, bestDist = k, d
+			}
+		}
+		if best != "" {
+			l.errs = append(l.errs, &Error{Where: "environment variable " + name, Problem: "no key is called so", Next: "did you mean " + best + "? Else unset it, or rename it"})
+		}
+	}
 }
 
 func readFile(file string) ([]byte, error) {

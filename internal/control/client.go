@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -96,6 +97,9 @@ func (c *Client) classify(ctx context.Context, err error) error {
 	}
 	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "dial" {
+		if errors.Is(err, fs.ErrPermission) {
+			return fmt.Errorf("%w: this user may not use %s; be root, or a member of the socket's group (ls -l shows it)", ErrUnreachable, c.address)
+		}
 		return fmt.Errorf("%w at %s (%w); start blockstepd, or name another daemon with --admin", ErrUnreachable, c.address, op.Err)
 	}
 	return fmt.Errorf("%w: the connection to %s broke (%w); look at blockstepd's log, then try again", ErrUnreachable, c.address, err)

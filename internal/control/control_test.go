@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -172,6 +174,20 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
+// TestNotAllowed: a socket that this user may not use is no daemon that does not
+// run.
+func TestNotAllowed(t *testing.T) {
+	c, err := Dial("unix:///run/blockstep/admin.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
+	err = c.classify(t.Context(), denied)
+	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "this user may not use") || strings.Contains(err.Error(), "start blockstepd") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestOverTCPOnlyReading(t *testing.T) {
 	srv := httptest.NewServer(Handler(&fakeBackend{}, slog.New(slog.DiscardHandler), true))
 	defer srv.Close()
@@ -184,13 +200,28 @@ func TestOverTCPOnlyReading(t *testing.T) {
 		t.Errorf("reading: %v", err)
 	}
 	var e *Error
-	for name, err := range map[string]error{
-		"delete": c.DeleteVolume(t.Context(), "db"),
-		"drain":  c.ChangeNode(t.Context(), "alpha", "drain"),
+	lines := 0
+	none := func(VerifyProgress) error { lines++; return nil }
+	if err := c.Verify(t.Context(), "db", Verify{}, none); lines != 1 || !errors.As(err, &e) || e.Message != "gamma went away" {
+		t.Errorf("a comparison reads: %d lines, %v", lines, err)
+	}
+	lines = 0
+	for name, ask := range map[string]func() error{
+		"delete":            func() error { return c.DeleteVolume(t.Context(), "db") },
+		"drain":             func() error { return c.ChangeNode(t.Context(), "alpha", "drain") },
+		"detach":            func() error { return c.Detach(t.Context(), "db") },
+		"invalidate":        func() error { return c.Invalidate(t.Context(), "db", Invalidate{Node: "alpha"}) },
+		"repair":            func() error { return c.Verify(t.Context(), "db", Verify{Repair: true}, none) },
+		"repair, disguised": func() error { return c.Verify(t.Context(), "db/../db", Verify{Repair: true}, none) },
+		"unknown":           func() error { return c.do(t.Context(), http.MethodPost, "/v1/verify", nil, nil) },
 	} {
-		if !errors.As(err, &e) || e.Code != CodeReadOnly {
+		var e *Error
+		if err := ask(); !errors.As(err, &e) || e.Code != CodeReadOnly {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	if lines != 0 {
+		t.Errorf("a repair began: %d lines", lines)
 	}
 	resp, err := http.Get(srv.URL + "/debug/pprof/")
 	if err != nil {

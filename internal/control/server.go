@@ -49,7 +49,7 @@ type Backend interface {
 	Attachments(ctx context.Context) ([]Attachment, error)
 }
 
-// Handler serves the API. With readOnly every method but GET is refused, and
+// Handler serves the API. With readOnly what changes something is refused, and
 // there are no profiles.
 func Handler(b Backend, logger *slog.Logger, readOnly bool) http.Handler {
 	mux := http.NewServeMux()
@@ -67,6 +67,7 @@ func Handler(b Backend, logger *slog.Logger, readOnly bool) http.Handler {
 			return b.Events(r.Context(), q.Get("since"), q.Get("follow") == "true", func(e Event) error { return emit(e) })
 		})
 	})
+	verifying(mux, b, readOnly)
 	changing(mux, b)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, Errorf(CodeUsage, "this daemon may be older than the command: run blockstep of the same version", "the daemon knows no %s %s", r.Method, r.URL.Path))
@@ -118,10 +119,21 @@ func changing(mux *http.ServeMux, b Backend) {
 			return nil, f(r.Context(), r.PathValue("name"))
 		})
 	}
-	mux.HandleFunc("POST /v1/volumes/{name}/verify", func(w http.ResponseWriter, r *http.Request) {
+}
+
+// verifyPath is the one POST that may change nothing: without a repair.
+const verifyPath = "POST /v1/volumes/{name}/verify"
+
+// verifying adds the comparison of replicas. It reads; a repair writes.
+func verifying(mux *http.ServeMux, b Backend, readOnly bool) {
+	mux.HandleFunc(verifyPath, func(w http.ResponseWriter, r *http.Request) {
 		var in Verify
 		if err := decode(w, r, &in); err != nil {
 			writeError(w, err)
+			return
+		}
+		if in.Repair && readOnly {
+			writeError(w, onlyReading())
 			return
 		}
 		serveLines(w, func(emit func(any) error) error {
@@ -229,10 +241,15 @@ func serveLines(w http.ResponseWriter, run func(emit func(any) error) error) {
 	}
 }
 
-func refuseChanges(next http.Handler) http.Handler {
+func onlyReading() *Error {
+	return Errorf(CodeReadOnly, "run the command on the node itself, with its admin socket (--admin unix:///run/blockstep/admin.sock)", "over TCP a daemon answers read-only verbs only")
+}
+
+func refuseChanges(next *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			writeError(w, Errorf(CodeReadOnly, "run the command on the node itself, with its admin socket (--admin unix:///run/blockstep/admin.sock)", "over TCP a daemon answers read-only verbs only"))
+		_, pattern := next.Handler(r)
+		if r.Method != http.MethodGet && r.Method != http.MethodHead && pattern != verifyPath {
+			writeError(w, onlyReading())
 			return
 		}
 		next.ServeHTTP(w, r)

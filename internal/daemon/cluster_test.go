@@ -467,7 +467,7 @@ func TestDrain(t *testing.T) {
 		t.Fatal(err)
 	}
 	var e *control.Error
-	if err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room") {
+	if err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room") || !strings.Contains(e.Next, "blockstep node remove gamma --force") {
 		t.Fatalf("drain with nowhere to go: %v", err)
 	}
 	if now := alpha.status("db"); now.Primary == "gamma" {

@@ -69,8 +69,7 @@ type Daemon struct {
 	metrics  *metricsServer
 	local    *localEvents
 	remarks  chan state.Event
-	sockets  []Socket // that systemd passes
-	invited  invitations
+	sockets  []Socket              // that systemd passes
 	joining  atomic.Pointer[error] // why this node's token has not let it in yet
 	current  chan struct{}         // closed when the cluster state here is known to be no old one
 	resync   atomic.Pointer[config.Resync]

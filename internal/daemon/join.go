@@ -3,17 +3,16 @@ package daemon
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft/state"
 )
 
 const (
@@ -21,7 +20,7 @@ const (
 	tokenPrefix = "bsj1."
 	// tokenLifeMax keeps a forgotten one from being good for ever.
 	tokenLifeMax = 30 * 24 * time.Hour
-	// invitationsMax bounds the tokens that wait to be used at a node.
+	// invitationsMax bounds the tokens that wait to be used.
 	invitationsMax = 64
 	// joinEvery is how often a node that has a token asks to be let in.
 	joinEvery = time.Second
@@ -30,79 +29,49 @@ const (
 	joinTime = changeTime + 5*time.Second
 )
 
-// invitation is what a join token stands for. It is in the memory of the daemon
-// that made it: a token is made to be used soon, and once.
-type invitation struct {
-	node    control.AddNode
-	expires time.Time
-}
-
-// invitations are the tokens of this node that are not used yet, by their hash:
-// who reads the memory of a daemon does not get in with it.
-type invitations struct {
-	mu   sync.Mutex // guards what follows
-	open map[[sha256.Size]byte]invitation
-}
-
-// add makes a token.
-func (i *invitations) add(r control.AddNode, life time.Duration, now time.Time) (string, time.Time, error) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	for h, inv := range i.open {
-		if now.After(inv.expires) || inv.node.Name == r.Name {
-			delete(i.open, h) // a newer one for a name takes the older one's place
-		}
-	}
-	if len(i.open) >= invitationsMax {
-		return "", time.Time{}, control.Errorf(control.CodeRefused, "use them, or wait until they expire", "%d join tokens wait to be used", len(i.open))
-	}
-	token := tokenPrefix + rand.Text()
-	inv := invitation{node: r, expires: now.Add(life)}
-	if i.open == nil {
-		i.open = map[[sha256.Size]byte]invitation{}
-	}
-	i.open[sha256.Sum256([]byte(token))] = inv
-	return token, inv.expires, nil
-}
-
-// find judges a token that node shows.
-func (i *invitations) find(token string, node ident.Node, now time.Time) (invitation, error) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	inv, ok := i.open[sha256.Sum256([]byte(token))]
-	switch {
-	case !ok:
-		return inv, control.Errorf(control.CodeNotFound, "", "the token is not known")
-	case inv.node.Name != string(node):
-		return inv, control.Errorf(control.CodeRefused, "", "the token is for node %s", inv.node.Name)
-	case now.After(inv.expires):
-		return inv, control.Errorf(control.CodeRefused, "", "the token has expired at %s", inv.expires.Format(time.RFC3339))
-	}
-	return inv, nil
-}
-
-// use ends a token.
-func (i *invitations) use(token string) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	delete(i.open, sha256.Sum256([]byte(token)))
-}
-
-// invite makes a token for a node that is to join by itself.
-func (b backend) invite(r control.AddNode) (control.AddedNode, error) {
+// invite makes a token for a node that is to join by itself. What it stands for
+// is in the cluster state, so that any member lets the node in.
+func (b backend) invite(ctx context.Context, r control.AddNode) (control.AddedNode, error) {
 	out := control.AddedNode{Name: r.Name, Address: r.Address, Witness: r.Witness}
 	life := time.Duration(r.TokenSeconds) * time.Second
 	if life <= 0 || life > tokenLifeMax {
 		return out, control.Errorf(control.CodeUsage, fmt.Sprintf("allowed are 1s to %v", tokenLifeMax), "a token cannot be good for %v", life)
 	}
-	if b.d.state().Nodes[ident.Node(r.Name)] != nil {
-		return out, control.Errorf(control.CodeRefused, "for a new data_dir of it: blockstep node replace "+r.Name, "node %s is a member already", r.Name)
+	now := time.Now()
+	open := 0
+	for _, i := range b.d.state().Invitations() {
+		if i.Expires > now.UnixNano() && i.Name != ident.Node(r.Name) {
+			open++
+		}
 	}
-	var err error
-	var expires time.Time
-	out.Token, expires, err = b.d.invited.add(r, life, time.Now())
-	out.Expires = &expires
-	return out, err
+	if open >= invitationsMax {
+		return out, control.Errorf(control.CodeRefused, "use them, or wait until they expire", "%d join tokens wait to be used", open)
+	}
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
+	token, expires := tokenPrefix+rand.Text(), now.Add(life)
+	i := state.Invitation{Name: ident.Node(r.Name), Address: r.Address, Witness: r.Witness, Expires: expires.UnixNano()}
+	if _, err := b.d.applyWhole(ctx, i.Command(token, expires.UTC().Format(time.RFC3339))); err != nil {
+		return out, err
+	}
+	out.Token, out.Expires = token, &expires
+	return out, nil
+}
+
+// invitation judges a token that node shows.
+func invitation(st *state.State, token string, node ident.Node, now time.Time) (state.Invitation, error) {
+	for _, i := range st.Invitations() {
+		switch {
+		case !i.IsFor(token):
+		case i.Name != node:
+			return i, control.Errorf(control.CodeRefused, "", "the token is for node %s", i.Name)
+		case now.UnixNano() > i.Expires:
+			return i, control.Errorf(control.CodeRefused, "", "the token has expired at %s", time.Unix(0, i.Expires).UTC().Format(time.RFC3339))
+		default:
+			return i, nil
+		}
+	}
+	return state.Invitation{}, control.Errorf(control.CodeNotFound, "", "the token is not known")
 }
 
 // joinCall is a node that asks to be let in.
@@ -111,19 +80,40 @@ type joinCall struct {
 	Token  string `json:"token"`
 }
 
-// serveJoin lets a node in that shows a token of this one.
+// serveJoin lets a node in that shows a token. Asked again, it answers the same:
+// the first answer may have been lost.
 func (d *Daemon) serveJoin(ctx context.Context, from ident.Node, c joinCall) (struct{}, error) {
-	inv, err := d.invited.find(c.Token, from, time.Now())
+	st := d.state()
+	if n := st.Nodes[from]; n != nil && n.RaftID == c.RaftID {
+		return struct{}{}, nil
+	}
+	inv, err := invitation(st, c.Token, from, time.Now())
 	if err != nil {
 		return struct{}{}, err
 	}
-	err = backend{d}.changeMember(ctx, memberCall{Verb: "add", Name: from, Address: inv.node.Address, RaftID: c.RaftID, Witness: inv.node.Witness})
+	err = backend{d}.changeMember(ctx, memberCall{Verb: "add", Name: from, Address: inv.Address, RaftID: c.RaftID, Witness: inv.Witness, Invitation: inv.ID})
 	if err != nil {
 		return struct{}{}, err
 	}
-	d.invited.use(c.Token)
-	d.log.Info("a node joined with its token", "joined", from, "address", inv.node.Address)
+	d.log.Info("a node joined with its token", "joined", from, "address", inv.Address)
 	return struct{}{}, nil
+}
+
+// judgeInvitation is the Raft leader's word on an invitation: the node that was
+// shown the token may be behind. joined: it has let the node in already, by a
+// call whose outcome was not known.
+func (d *Daemon) judgeInvitation(ctx context.Context, c memberCall) (joined bool, err error) {
+	if err := d.raft.Barrier(ctx); err != nil {
+		return false, err
+	}
+	st := d.state()
+	if n := st.Nodes[c.Name]; n != nil && n.RaftID == c.RaftID {
+		return true, nil
+	}
+	if !slices.ContainsFunc(st.Invitations(), func(i state.Invitation) bool { return i.ID == c.Invitation }) {
+		return false, control.Errorf(control.CodeRefused, "", "the token of node %s was used, or a newer one took its place", c.Name)
+	}
+	return false, nil
 }
 
 // runJoin shows this node's token to the others until it is a member. What they
@@ -147,8 +137,8 @@ func (d *Daemon) runJoin(ctx context.Context) {
 	}
 }
 
-// join asks the other nodes of the configuration, one after the other. The one
-// that made the token knows it; the others do not.
+// join asks the other nodes of the configuration, one after the other. One that
+// is behind, or of a release before, does not know the token.
 func (d *Daemon) join(ctx context.Context) error {
 	var silent []string
 	c := joinCall{RaftID: d.raft.RaftID(), Token: d.cfg.Join.Token}
@@ -172,7 +162,7 @@ func (d *Daemon) join(ctx context.Context) error {
 		slices.Sort(silent)
 		return control.Errorf(control.CodeFailed, d.newToken(), "no node that answers knows the join token, and %s gave no answer", strings.Join(silent, ", "))
 	}
-	return control.Errorf(control.CodeRefused, d.newToken(), "no node knows the join token: it is wrong, was used, or the daemon that made it was restarted")
+	return control.Errorf(control.CodeRefused, d.newToken(), "no node knows the join token: it is wrong, was used, or a newer one for this node took its place")
 }
 
 func (d *Daemon) joinAt(ctx context.Context, n config.Node, c joinCall) error {

@@ -29,6 +29,9 @@ type memberCall struct {
 	Address string     `json:"address,omitempty"`
 	RaftID  string     `json:"raft_id,omitempty"`
 	Witness bool       `json:"witness,omitempty"`
+	// Invitation is the event that lets the node join by itself; 0: an operator
+	// adds it.
+	Invitation uint64 `json:"invitation,omitempty"`
 }
 
 // serveMember is the leader's side of a change of the members.
@@ -36,7 +39,13 @@ func (d *Daemon) serveMember(ctx context.Context, _ ident.Node, c memberCall) (o
 	var err error
 	switch c.Verb {
 	case "add":
-		err = d.raft.AddNode(ctx, state.Node{Name: c.Name, Address: c.Address, RaftID: c.RaftID, Witness: c.Witness})
+		joined := false
+		if c.Invitation != 0 {
+			joined, err = d.judgeInvitation(ctx, c)
+		}
+		if err == nil && !joined {
+			err = d.raft.AddNode(ctx, state.Node{Name: c.Name, Address: c.Address, RaftID: c.RaftID, Witness: c.Witness})
+		}
 	case "remove":
 		if why := d.quorumWithout(c.Name); why != "" {
 			return operatorReply{Err: why}, nil
@@ -134,8 +143,11 @@ func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedN
 	if _, _, err := config.SplitAddress(r.Address, false); err != nil {
 		return out, control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
 	}
+	if b.d.state().Nodes[ident.Node(r.Name)] != nil {
+		return out, control.Errorf(control.CodeRefused, "for a new data_dir of it: blockstep node replace "+r.Name, "node %s is a member already", r.Name)
+	}
 	if r.Token {
-		return b.invite(r)
+		return b.invite(ctx, r)
 	}
 	info, err := b.newcomer(ctx, ident.Node(r.Name), r.Address)
 	if err != nil {
@@ -193,7 +205,7 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		}
 	}
 	if len(left) > 0 {
-		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again",
+		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again, or go on with fewer copies: stop it, then blockstep node remove "+node+" --force",
 			"%s is primary of nothing any more, but no other node has room for its replicas of %s", node, strings.Join(left, ", "))
 	}
 	return nil

@@ -65,7 +65,7 @@ func (b backend) Verify(ctx context.Context, name string, r control.Verify, prog
 		}
 	}
 	if len(vr.nodes) < 2 {
-		return control.Errorf(control.CodeRefused, status.Next, "%s has %d replicas in sync: there is nothing to compare", name, len(vr.nodes))
+		return control.Errorf(control.CodeRefused, status.Next, "nothing to compare: %s has %d in sync, and two replicas are needed", name, len(vr.nodes))
 	}
 	v := b.d.volume(sv.ID)
 	if v == nil {

@@ -285,7 +285,7 @@ func (s *State) addNode(c *Command, p *AddNode) Result {
 	if r := s.putNode(p.Node); !r.OK {
 		return r
 	}
-	return s.event(c, nil, Event{Name: "node-added", Node: p.Node.Name, Text: fmt.Sprintf("node %s added at %s", p.Node.Name, p.Node.Address)})
+	return s.event(c, nil, Event{Name: eventNodeAdded, Node: p.Node.Name, Text: fmt.Sprintf("node %s added at %s", p.Node.Name, p.Node.Address)})
 }
 
 func (s *State) removeNode(c *Command, p *RemoveNode) Result {

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// fakeDaemon answers at a socket of its own, whose address it returns.
+func fakeDaemon(t *testing.T, h http.Handler) string {
+	t.Helper()
+	sock := filepath.Join(t.TempDir(), "a")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: h} //nolint:gosec // of a test
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	t.Cleanup(func() {
+		_ = s.Close()
+		if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
+	})
+	return "unix://" + sock
+}
+
+// full is a disk without room, behind stdout.
+type full struct{ room int }
+
+var errFull = errors.New("no space left on device")
+
+func (f *full) Write(p []byte) (int, error) {
+	if len(p) > f.room {
+		return f.room, errFull
+	}
+	f.room -= len(p)
+	return len(p), nil
+}
+
+// TestOutputThatIsLost: a verb whose output cannot be written ends with 1, and
+// does not go on for ever.
+func TestOutputThatIsLost(t *testing.T) {
+	h := http.NewServeMux()
+	h.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"cluster":"c","node":"alpha","leader":"alpha","quorum":true,"nodes":[],"volumes":[]}`))
+	})
+	h.HandleFunc("GET /v1/events", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = w.Write([]byte(`{"cursor":"1.0","kind":"role","text":"x"}` + "\n"))
+		if r.URL.Query().Get("follow") == "true" {
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		}
+	})
+	h.HandleFunc("DELETE /v1/volumes/db", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(`{}`)) })
+	admin := fakeDaemon(t, h)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for _, line := range []string{
+		"status", "status --json", "status --watch", "status --watch --json", "events", "events --json", "events --follow",
+		"volume delete db", "version", "help status", "completion bash", "completion zsh",
+	} {
+		for _, room := range []int{0, 10} {
+			var says bytes.Buffer
+			code := run(ctx, append([]string{"--admin", admin}, strings.Fields(line)...), strings.NewReader(""), &full{room}, &says)
+			if want := "blockstep: the output is not whole: no space left on device\n"; code != exitFailed || says.String() != want {
+				t.Errorf("%s, room for %d bytes: exit code %d, %q; want %d, %q", line, room, code, says.String(), exitFailed, want)
+			}
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		t.Errorf("one of them went on: %v", err)
+	}
+}
+
+// TestInterrupted: Ctrl-C ends a verb at once, with 1, and says whether it may
+// have done something.
+func TestInterrupted(t *testing.T) {
+	asked := make(chan struct{}, 1)
+	admin := fakeDaemon(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		asked <- struct{}{}
+		<-r.Context().Done()
+	}))
+	for line, want := range map[string]string{
+		"status":                        "interrupted",
+		"verify db":                     "interrupted",
+		"wait db --for healthy":         "interrupted",
+		"volume delete db":              "interrupted; it may still happen: look at blockstep status",
+		"node drain alpha":              "interrupted; it may still happen: look at blockstep status",
+		"failover db":                   "interrupted; it may still happen: look at blockstep status",
+		"volume create db --size 10GiB": "interrupted; it may still happen: look at blockstep status",
+	} {
+		ctx, interrupt := context.WithCancel(t.Context())
+		go func() {
+			<-asked
+			interrupt()
+		}()
+		var out, says bytes.Buffer
+		code := run(ctx, append([]string{"--admin", admin}, strings.Fields(line)...), strings.NewReader(""), &out, &says)
+		if code != exitFailed || says.String() != "blockstep: "+want+"\n" || out.Len() != 0 {
+			t.Errorf("%s: exit code %d, %q, %q; want %d, %q", line, code, says.String(), out.String(), exitFailed, want)
+		}
+		interrupt()
+	}
+}
