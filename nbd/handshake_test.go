@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -177,7 +178,8 @@ func TestExportName(t *testing.T) {
 	}
 	for _, name := range []string{"nothing", "v\x00", "\xff", strings.Repeat("n", 4097), strings.Repeat("n", 70000)} {
 		h := begin(t, addr)
-		if err := h.Send(nbdtest.OptExportName, []byte(name)); err != nil {
+		// The server need not read a name that is too long to its end.
+		if err := h.Send(nbdtest.OptExportName, []byte(name)); err != nil && !errors.Is(err, syscall.EPIPE) {
 			t.Fatal(err)
 		}
 		wantClosed(t, h.Conn)

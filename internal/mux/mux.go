@@ -116,7 +116,6 @@ func (m *Mux) Serve() error {
 			<-m.sniffs
 			return nil
 		}
-		m.wg.Add(1)
 		go m.runSniff(conn)
 	}
 }
@@ -142,13 +141,17 @@ func (m *Mux) Close() error {
 	return err
 }
 
+// track counts a connection for Close, which closes it and waits for its
+// runSniff; false once Close has begun.
 func (m *Mux) track(conn net.Conn) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.closed {
-		m.conns[conn] = struct{}{}
+	if m.closed {
+		return false
 	}
-	return !m.closed
+	m.conns[conn] = struct{}{}
+	m.wg.Add(1) // under mu, so that it is never beside the Wait of Close
+	return true
 }
 
 func (m *Mux) untrack(conn net.Conn) {
