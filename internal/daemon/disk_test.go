@@ -81,29 +81,35 @@ type faultError struct {
 func (e *faultError) Error() string { return fmt.Sprintf("%s %s: %v", e.call.Op, e.call.Path, e.err) }
 func (e *faultError) Unwrap() error { return e.err }
 
+// repeat calls step, a millisecond apart, until it returns false or is stopped.
+func repeat(t *testing.T, step func(ctx context.Context, i uint64) bool) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := uint64(0); ctx.Err() == nil && step(ctx, i); i++ {
+			pause(ctx, time.Millisecond)
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
 // writer writes through a node without a pause until it is stopped, and fails
 // the test if a write fails.
 func (n *testNode) writer() (stop func()) {
 	n.t.Helper()
 	c := n.open("db")
-	ctx, cancel := context.WithCancel(n.t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		block := bytes.Repeat([]byte{1}, 16384)
-		for i := uint64(0); ctx.Err() == nil; i++ {
-			err := c.WriteAt(n.t.Context(), block, i%64*16384)
-			if err == nil && i%8 == 0 {
-				err = c.Flush(n.t.Context())
-			}
-			if err != nil {
-				n.t.Errorf("write through %s: %v", n.name, err)
-				return
-			}
-			pause(ctx, time.Millisecond)
+	block := bytes.Repeat([]byte{1}, 16384)
+	return repeat(n.t, func(_ context.Context, i uint64) bool {
+		err := c.WriteAt(n.t.Context(), block, i%64*16384)
+		if err == nil && i%8 == 0 {
+			err = c.Flush(n.t.Context())
 		}
-	}()
-	return func() { cancel(); <-done }
+		if err != nil {
+			n.t.Errorf("write through %s: %v", n.name, err)
+		}
+		return err == nil
+	})
 }
 
 // sees waits until the status at a node shows a replica so; the state "" is any
@@ -373,18 +379,9 @@ func TestEveryDiskFails(t *testing.T) {
 func (n *testNode) pusher() (stop func()) {
 	n.t.Helper()
 	c := n.open("db")
-	ctx, cancel := context.WithCancel(n.t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for i := uint64(0); ctx.Err() == nil; i++ {
-			if c.WriteAt(ctx, bytes.Repeat([]byte{byte(i)}, 16384), 1<<20+i%64*16384) != nil {
-				return
-			}
-			pause(ctx, time.Millisecond)
-		}
-	}()
-	return func() { cancel(); <-done }
+	return repeat(n.t, func(ctx context.Context, i uint64) bool {
+		return c.WriteAt(ctx, bytes.Repeat([]byte{byte(i)}, 16384), 1<<20+i%64*16384) == nil
+	})
 }
 
 // TestAResizeWithoutRoom: a volume that one replica's disk has no room for does
