@@ -50,8 +50,9 @@ func init() {
 // in the processor's cache. It takes no lock. top is only a hint: between the
 // change of top and that of the slot another goroutine may find a slot full that
 // should be empty, or empty that should be full, and then treats the stack as
-// full, or empty. A buffer is in one slot at most, and whoever swaps it out has
-// it for himself.
+// full, or empty. That leaves empty slots below top and full ones above it: Trim
+// looks at both. A buffer is in one slot at most, and whoever swaps it out has it
+// for himself.
 type stack struct {
 	top atomic.Int64
 	// low is the least that top has been since the last Trim.
@@ -169,17 +170,24 @@ func SetKeep(n int64) { keep.Store(n) }
 // returns their bytes.
 func Trim() int64 {
 	var n int64
-	for c := classMin; c <= classMax; c++ {
-		s := &free[c]
-		for range min(s.low.Load(), s.top.Load()) {
-			b := s.pop()
-			if b == nil {
-				break
-			}
+	drop := func(b *Buf) {
+		if b != nil {
 			idle.Add(-int64(cap(b.B)))
 			n += int64(cap(b.B))
 		}
-		s.low.Store(max(0, s.top.Load()))
+	}
+	for c := classMin; c <= classMax; c++ {
+		s := &free[c]
+		for range min(s.low.Load(), s.top.Load()) {
+			drop(s.pop())
+		}
+		top := max(0, s.top.Load())
+		for i := top; i < int64(len(s.slots)); i++ {
+			if s.slots[i].Load() != nil {
+				drop(s.slots[i].Swap(nil))
+			}
+		}
+		s.low.Store(top)
 	}
 	return n
 }

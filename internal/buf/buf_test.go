@@ -121,6 +121,26 @@ func TestOneOwner(t *testing.T) {
 	empty(t)
 }
 
+// Two that meet on a stack may leave a hole below its top and a buffer above it
+// (see stack): neither may keep a buffer from being let go.
+func TestTrimFindsWhatASlipLeft(t *testing.T) {
+	empty(t)
+	list := []*Buf{Get(4096), Get(4096), Get(4096)}
+	for _, b := range list {
+		b.Release()
+	}
+	s := &free[classFor(4096)]
+	hole := s.slots[1].Swap(nil)        // a push that found the slot full while a pop emptied it
+	s.slots[s.top.Load()+2].Store(hole) // a pop that came before the push had stored
+	Trim()
+	empty(t)
+	for i := range s.slots {
+		if s.slots[i].Load() != nil {
+			t.Errorf("slot %d holds a buffer", i)
+		}
+	}
+}
+
 func TestReleaseTooOftenPanics(t *testing.T) {
 	b := Get(10)
 	b.Release()
