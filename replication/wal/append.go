@@ -26,11 +26,11 @@ type writer struct {
 	header  [segmentHeaderSize]byte
 }
 
-var padding [recordAlign]byte
+var padding [pageBytes]byte
 
 func (w *writer) init() {
 	w.slab = make([]byte, 0, groupMax*recordHeaderSize)
-	w.iov = make([][]byte, 0, 3*groupMax+1)
+	w.iov = make([][]byte, 0, 3*groupMax+2)
 	w.offsets = make([]uint32, 0, groupMax)
 }
 
@@ -126,6 +126,13 @@ func (l *Log) flush(seg *segment, entries []wire.Entry) error {
 			return l.fail("allocate a segment", err)
 		}
 		w.allocated = true
+	}
+	// Up to the end of its page: the page of a segment that is used again may
+	// have left the page cache, and a part of it alone would have to wait for the
+	// rest to be read from the disk. Where the group begins, the one before it
+	// has done so.
+	if pad := min(-w.at&(pageBytes-1), int64(seg.header.size)-w.at); pad > 0 {
+		w.iov = append(w.iov, padding[:pad])
 	}
 	if _, err := seg.file.WritevAt(w.iov, w.start); err != nil {
 		return l.fail("append", err)

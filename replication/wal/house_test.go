@@ -125,3 +125,33 @@ func TestWriteOutLeavesThePageThatIsFilled(t *testing.T) {
 		t.Errorf("sync after it: %v", err)
 	}
 }
+
+// A segment that is used again may have left the page cache, and a write of a part
+// of a page would wait for the rest to be read from the disk: so what is appended
+// goes to the end of its page, and what is appended next begins in it.
+func TestAppendWritesWholePages(t *testing.T) {
+	for _, payload := range []int{0, 100, 4096, 70_000} {
+		cached := make(map[string]int64) // up to where a file's pages have been written
+		fs := vfs.Inject(vfs.NewMem(1), func(c vfs.Call) error {
+			if c.Op != vfs.OpWrite {
+				return nil
+			}
+			end := c.Off + c.Len
+			if at := cached[c.Path]; len(cached) > 0 && (c.Off > at || end%pageBytes != 0) {
+				t.Errorf("payloads of %d: %s written from %d to %d, its pages are there up to %d", payload, c.Path, c.Off, end, at)
+			}
+			cached[c.Path] = (end + pageBytes - 1) &^ (pageBytes - 1)
+			return nil
+		})
+		o := small(1)
+		o.SegmentBytes = 256 << 10
+		l := create(t, fs, o) // it writes a header, and that file's first page is there
+		for s := ident.Seq(1); s < 200; s += 3 {
+			must(t, l.Append(entries(1, s, s+2, payload), 0))
+		}
+		if payload > 4096 && len(cached) < 20 {
+			t.Errorf("%d segments", len(cached))
+		}
+		check(t, l, entries(1, 1, 201, payload))
+	}
+}
