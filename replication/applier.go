@@ -3,13 +3,13 @@ package replication
 import (
 	"context"
 	"fmt"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/yield"
 	"github.com/blockstep/blockstep/replication/core"
 	"github.com/blockstep/blockstep/replication/wire"
 )
@@ -30,9 +30,9 @@ const (
 	applyPaceBytes   = 2 << 20
 	applyCalmEntries = 4096
 	applyCalmBytes   = 16 << 20
-	// applyTurn is how many pieces are written before others may have the
+	// applyTurn is for how long pieces are written before others may have the
 	// processor: less than the 10 ms after which the runtime takes it away.
-	applyTurn = 64
+	applyTurn = 2 * time.Millisecond
 	// applyVectorMax is the number of buffers in one writev (UIO_MAXIOV is 1024).
 	applyVectorMax = 512
 )
@@ -294,11 +294,11 @@ func (w *applyWork) cover(off, end uint64, gaps []span) []span {
 // write brings the pieces to the backing store: neighbours with data in one
 // call.
 func (w *applyWork) write() (int64, error) {
-	bytes, turn := int64(0), applyTurn
+	bytes, turn := int64(0), time.Now()
 	for i := 0; i < len(w.pieces); {
-		if i >= turn {
-			turn = i + applyTurn
-			runtime.Gosched()
+		if now := time.Now(); now.Sub(turn) >= applyTurn {
+			turn = now
+			yield.Turn()
 		}
 		p := &w.pieces[i]
 		if p.kind != wire.KindData {

@@ -141,6 +141,7 @@ func (rp *replica) runSyncer(ctx context.Context) {
 	defer rp.wg.Done()
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
+	expected := time.Duration(0) // what the disk takes for what has been sent to it
 	for ctx.Err() == nil {
 		now, left, gen := rp.syncer.due(rp.clock.Boot(), &rp.v.opts.Limits)
 		if !now && rp.syncer.writeOut() {
@@ -164,6 +165,13 @@ func (rp *replica) runSyncer(ctx context.Context) {
 			}
 			continue
 		}
+		// A wait in the kernel for long makes Go's monitor busy: so when nobody
+		// waits for the fsync, most of what it takes is slept through first.
+		sent := time.Now()
+		if err := rp.sendAhead(ctx, timer, expected); err != nil {
+			rp.fail(&syncError{err})
+			return
+		}
 		// Quiet: it is for the watch on a disk that hangs, which the tick keeps.
 		rp.in.pushQuiet(input{kind: inSyncStarted})
 		rp.disk.sync.Store(int64(rp.clock.Boot()))
@@ -176,8 +184,29 @@ func (rp *replica) runSyncer(ctx context.Context) {
 			return
 		}
 		rp.v.stages.observe(StageLogSync, began)
+		expected = min((expected+time.Since(sent))/2*3/4, sendAheadMax)
 		rp.syncer.done(seq, gen)
 		rp.in.pushQuiet(input{kind: inSyncEnded, seq: seq, id: gen})
 		rp.turn(false)
 	}
+}
+
+// sendAhead sends what is in the log file to the disk, and lets it work for d, or
+// until somebody waits for the fsync.
+func (rp *replica) sendAhead(ctx context.Context, timer *time.Timer, d time.Duration) error {
+	timer.Reset(d)
+	for first := true; ctx.Err() == nil && !rp.syncer.waited(); first = false {
+		if rp.syncer.writeOut() || first {
+			if err := rp.log.WriteOut(); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-rp.syncer.wake:
+		case <-timer.C:
+			return nil
+		}
+	}
+	return nil
 }

@@ -32,6 +32,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/blockstep/blockstep/internal/yield"
 )
 
 // closedBit marks a Conn whose Close has been called; below it is counted who
@@ -39,12 +41,13 @@ import (
 const closedBit = 1 << 32
 
 const (
-	// keepFor is how long a busy reader goes on without a turn of the scheduler:
-	// less than the monitor's 10 ms.
-	keepFor = 8 * time.Millisecond
+	// keepFor is how long a busy reader goes on without a turn of the scheduler,
+	// and readFor how long it waits in one read, which the kernel rounds up to its
+	// ticks of up to 4 ms: together less than the monitor's 10 ms.
+	keepFor = 4 * time.Millisecond
+	readFor = 4 * time.Millisecond
 	// A reader is busy once busyReads reads have come with no more than busyGap
-	// between two of them, and until one is idleGap late. That is also for how
-	// long it may overlook a deadline.
+	// between two of them, and until one is idleGap late.
 	busyReads = 16
 	busyGap   = 5 * time.Millisecond
 	idleGap   = 20 * time.Millisecond
@@ -68,7 +71,7 @@ type Conn struct {
 	use  Use
 	refs atomic.Int64 // users, Close's own included; closedBit
 	full bool         // the last read took all there was room for: there may be more
-	busy bool         // the descriptor blocks, for no longer than idleGap
+	busy bool         // the descriptor blocks, for readFor
 
 	// What a wait is for: the socket, and for a Client an eventfd that ends the
 	// wait, since a deadline may be set from elsewhere.
@@ -132,8 +135,7 @@ func (c *Conn) open() error {
 		}
 		c.poll[1] = unix.PollFd{Fd: int32(wake), Events: unix.POLLIN}
 	}
-	// A busy reader that finds nothing for so long is busy no longer.
-	timeout := unix.NsecToTimeval(int64(idleGap))
+	timeout := unix.NsecToTimeval(int64(readFor))
 	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
 		return err
 	}
@@ -197,8 +199,8 @@ func (c *Conn) read(p []byte, flags int) (int, error) {
 		case errno == 0:
 			return 0, io.EOF
 		case errno == unix.EAGAIN:
-			if c.busy {
-				c.streak = 0 // nothing for idleGap
+			if c.busy && time.Since(c.last) > idleGap {
+				c.streak = 0
 			}
 		case errno != unix.EINTR:
 			return 0, os.NewSyscallError("recvfrom", errno)
@@ -240,7 +242,7 @@ func (c *Conn) prepare() error {
 	}
 	if now := time.Now(); now.Sub(c.turn) >= keepFor {
 		c.turn = now
-		runtime.Gosched()
+		yield.Turn()
 	}
 	return nil
 }
