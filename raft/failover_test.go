@@ -76,6 +76,7 @@ type fakeReplica struct {
 	promised ident.Epoch
 	last     ident.Position
 	lease    time.Time // until then it declines
+	silent   time.Time // likewise, since it restarted
 	amnesiac bool
 	dead     bool // hangs
 	refused  bool // refuses connections: an error at once
@@ -117,6 +118,8 @@ func (f *fakeReplicas) Seal(ctx context.Context, node ident.Node, _ ident.Volume
 		a.Refusal = ident.SealFailed
 	case left > 0:
 		a.Refusal, a.WaitNanos = ident.SealLease, left.Nanoseconds()
+	case time.Until(p.silent) > 0:
+		a.Refusal, a.WaitNanos = ident.SealSilent, time.Until(p.silent).Nanoseconds()
 	case epoch < p.promised:
 		a.Refusal = ident.SealPromised
 	default:
@@ -578,6 +581,22 @@ func TestSwitchoverToOneThatLags(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.want("c", 3)
+	})
+}
+
+// The target has just started, and declines until every lease that it may have
+// granted before has lapsed: the switchover waits for that.
+func TestSwitchoverToOneThatIsSilent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.stop()
+		r.with(func(of map[ident.Node]*fakeReplica) { of["c"].silent = time.Now().Add(2 * time.Second) })
+		if err := r.c.Switchover(t.Context(), 1, "c"); err != nil {
+			t.Fatal(err)
+		}
+		if v := r.vol(); v.Primary != "c" {
+			t.Errorf("%+v", v)
+		}
 	})
 }
 

@@ -17,8 +17,8 @@ import (
 // that holds everything is promoted.
 var drainPauses = []time.Duration{5 * time.Millisecond, 25 * time.Millisecond, 100 * time.Millisecond}
 
-// settleWait is how long a switchover that went to another node waits before it
-// tries again: that node takes office first.
+// settleWait is how long a switchover that went to another node waits at the
+// least before it tries again: that node takes office first.
 const settleWait = 250 * time.Millisecond
 
 // serve does what an operator asked for.
@@ -119,6 +119,7 @@ func replicaNodes(v *state.Volume) []ident.Node {
 
 func (c *Controller) switchover(ctx context.Context, t *volumeTask, to ident.Node) (state.Result, error) {
 	var res state.Result
+	settle, why := settleWait, ""
 	for try, wait := range drainPauses {
 		v := c.o.Cluster.State().Volumes[t.id]
 		switch {
@@ -128,17 +129,24 @@ func (c *Controller) switchover(ctx context.Context, t *volumeTask, to ident.Nod
 			return state.Result{OK: true, Volume: v.ID, Epoch: v.Epoch, SetVersion: v.SetVersion}, nil
 		case v.Epoch == 0:
 			return state.Result{}, fmt.Errorf("volume %s has no primary yet", v.Name)
-		case try > 0 && !pause(ctx, settleWait):
+		case try > 0 && !pause(ctx, settle):
 			return state.Result{}, ErrStopped
 		}
 		var err error
-		res, err = c.work(ctx, t, &job{rule: "switchover to " + string(to), epoch: v.Epoch, drain: true, plan: true, prefer: to, pause: wait})
+		j := &job{rule: "switchover to " + string(to), epoch: v.Epoch, drain: true, plan: true, prefer: to, pause: wait}
+		res, err = c.work(ctx, t, j)
 		if err != nil {
 			return state.Result{}, err
 		}
+		settle, why = settleWait, "was behind"
+		if r := j.declined.Refusal; r != ident.SealAccepted {
+			// One that has just started, say, is bound by a lease that it may have
+			// granted before: it says for how long.
+			settle, why = max(settleWait, time.Duration(j.declined.WaitNanos)), "declined ("+r.String()+")"
+		}
 	}
 	if v := c.o.Cluster.State().Volumes[t.id]; v != nil && v.Primary != to {
-		return res, fmt.Errorf("%s was behind at each of %d tries; %s is primary of %s: try again when %s has caught up", to, len(drainPauses), v.Primary, v.Name, to)
+		return res, fmt.Errorf("%s %s at the last of %d tries; %s is primary of %s: try again when %s is in sync and has been up for some seconds", to, why, len(drainPauses), v.Primary, v.Name, to)
 	}
 	return res, nil
 }

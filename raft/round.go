@@ -30,6 +30,8 @@ type job struct {
 	operator bool // do not wait for what does not come; power loss is accepted
 	force    bool
 	readmit  []ident.Node // replicas that have failed and are asked all the same
+	// declined is the newest answer of the preferred node that was no consent.
+	declined ident.SealAnswer
 }
 
 // runVolume works for one volume until there is nothing to do.

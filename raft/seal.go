@@ -84,6 +84,9 @@ func (c *Controller) collect(ctx context.Context, r *state.Round, j *job, nodes 
 				continue
 			}
 			r.Answers[s.node] = s.answer
+			if s.node == j.prefer && s.answer.Refusal != ident.SealAccepted {
+				j.declined = s.answer
+			}
 			c.o.Logger.Debug("seal: answer", "volume", r.Volume.Name, "node", s.node, "epoch", r.Epoch, "refusal", s.answer.Refusal,
 				"last", s.answer.Last, "amnesiac", s.answer.Amnesiac)
 			if enough == nil {

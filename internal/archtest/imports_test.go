@@ -28,7 +28,7 @@ var layers = []layer{
 		why: "the cluster state is a pure value: State.Apply(Command)",
 	},
 	{
-		dir: "replication", may: []string{"replication", "internal/boottime", "internal/buf", "internal/ident", "internal/invariant", "internal/sock", "internal/vfs"},
+		dir: "replication", may: []string{"replication", "internal/boottime", "internal/buf", "internal/ident", "internal/invariant", "internal/sock", "internal/vfs", "internal/yield"},
 		why: "replication declares the Cluster interface that it needs; who fulfils it is internal/daemon's to say",
 	},
 	{
@@ -73,11 +73,15 @@ var layers = []layer{
 		why: "a buffer must be usable everywhere",
 	},
 	{
+		dir: "internal/yield", may: nil,
+		why: "a turn of the scheduler belongs to nobody",
+	},
+	{
 		dir: "internal/boottime", may: nil,
 		why: "a clock must be usable everywhere",
 	},
 	{
-		dir: "internal/sock", may: nil,
+		dir: "internal/sock", may: []string{"internal/yield"},
 		why: "a socket knows nothing of who reads it",
 	},
 	{

@@ -149,7 +149,7 @@ func New(cfg Config, start Start, now Instant) *Core {
 	if c.ring.limit = cfg.RingBytes; c.ring.limit == 0 {
 		c.ring.limit = 2 * cfg.WindowBytes
 	}
-	c.dedup = dedupRing{max: max(cfg.DedupMax, 1), floor: start.DedupFloor, ents: slices.Clone(start.Dedup)}
+	c.dedup = newDedupRing(max(cfg.DedupMax, 1), start.Dedup, start.DedupFloor)
 	if len(c.hist) == 0 {
 		c.hist = history{{Epoch: start.Base.Epoch, First: start.Base.Seq}}
 	}
@@ -499,13 +499,8 @@ func (c *Core) Gate() Gate {
 func (c *Core) Snapshot() (Snapshot, error) {
 	s := Snapshot{
 		Applied: c.posAt(c.applied), History: slices.Clone(c.hist.cut(c.applied)),
-		DedupFloor: c.dedup.floor, Generation: c.view.Generation,
+		Dedup: c.dedup.list(c.applied), DedupFloor: c.dedup.floor, Generation: c.view.Generation,
 	}
-	ents := c.dedup.ents[c.dedup.head:]
-	for len(ents) > 0 && ents[len(ents)-1].Seq > c.applied {
-		ents = ents[:len(ents)-1]
-	}
-	s.Dedup = slices.Clone(ents)
 	var err error
 	if s.Changes, err = c.changes.Marshal(); err != nil {
 		return s, err

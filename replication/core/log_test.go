@@ -1,6 +1,7 @@
 package core
 
 import (
+	"math/rand/v2"
 	"slices"
 	"testing"
 
@@ -206,7 +207,7 @@ func TestEntryRingKeepsWhatPeersWaitFor(t *testing.T) {
 
 func TestDedupRing(t *testing.T) {
 	hist := history{{Epoch: 1, First: 1}, {Epoch: 2, First: 4}}
-	d := dedupRing{max: 3}
+	d := newDedupRing(3, nil, ident.Position{})
 	for seq := ident.Seq(1); seq <= 5; seq++ {
 		d.push(DedupEntry{Session: 7, Request: uint64(seq), Seq: seq}, hist)
 	}
@@ -222,4 +223,65 @@ func TestDedupRing(t *testing.T) {
 	if _, ok := d.find(7, 5); ok {
 		t.Error("a request is found that was cut")
 	}
+}
+
+// The ring does what a plain list would, whatever it begins with.
+func TestDedupRingIsAList(t *testing.T) {
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		limit := 1 + rng.IntN(3000)
+		var list []DedupEntry
+		seq := ident.Seq(0)
+		add := func() DedupEntry {
+			seq++
+			return DedupEntry{Session: 1, Request: rng.Uint64(), Seq: seq}
+		}
+		for range rng.IntN(400) { // more than the limit, too
+			list = append(list, add())
+		}
+		d := newDedupRing(limit, list, ident.Position{})
+		hist := history{{Epoch: 1, First: 1}}
+		floor := ident.Position{}
+		for range 5000 {
+			switch {
+			case rng.IntN(300) == 0:
+				seq -= min(seq, ident.Seq(rng.IntN(2*limit)))
+				d.cut(seq)
+				for len(list) > 0 && list[len(list)-1].Seq > seq {
+					list = list[:len(list)-1]
+				}
+				seq = max(seq, floor.Seq)
+			default:
+				if len(list) >= limit {
+					floor = ident.Position{Epoch: 1, Seq: list[0].Seq}
+					list = list[1:]
+				}
+				e := add()
+				list = append(list, e)
+				d.push(e, hist)
+			}
+		}
+		if upTo := seq - min(seq, ident.Seq(rng.IntN(10))); !slices.Equal(d.list(upTo), upToSeq(list, upTo)) {
+			t.Fatalf("seed %d: the ring lists %d entries up to %d, want %d", seed, len(d.list(upTo)), upTo, len(upToSeq(list, upTo)))
+		}
+		if d.floor != floor {
+			t.Fatalf("seed %d: reaches back to %v, want %v", seed, d.floor, floor)
+		}
+		if len(list) > 0 {
+			e := list[rng.IntN(len(list))]
+			if got, ok := d.find(e.Session, e.Request); !ok || got != e.Seq {
+				t.Fatalf("seed %d: a request of %d is at %d, %v", seed, e.Seq, got, ok)
+			}
+		}
+	}
+}
+
+func upToSeq(list []DedupEntry, seq ident.Seq) []DedupEntry {
+	var out []DedupEntry
+	for _, e := range list {
+		if e.Seq <= seq {
+			out = append(out, e)
+		}
+	}
+	return out
 }

@@ -100,7 +100,7 @@ func (c *Core) onResyncStart(from ident.Node, m *wire.ResyncStart) {
 	c.cutPending = false
 	c.ring.cut(0)
 	c.unapplied = extentRing{}
-	c.dedup = dedupRing{max: c.dedup.max, ents: slices.Clone(d.Dedup), floor: d.DedupFloor}
+	c.dedup = newDedupRing(c.dedup.max, d.Dedup, d.DedupFloor)
 	c.syncAsked = seq
 	f := &c.follow
 	f.matched, f.syncTo, f.reject = seq, 0, RejectState{}

@@ -90,12 +90,7 @@ func (c *Core) startResync(pr *peer) {
 		invariant.Assert(err == nil, "core: changes: %v", err)
 	}
 	data := wire.ResyncData{
-		Dirty: db, Changes: cb, History: c.hist.cut(c.applied), DedupFloor: c.dedup.floor,
-	}
-	for _, e := range c.dedup.ents[c.dedup.head:] {
-		if e.Seq <= c.applied {
-			data.Dedup = append(data.Dedup, e)
-		}
+		Dirty: db, Changes: cb, History: c.hist.cut(c.applied), Dedup: c.dedup.list(c.applied), DedupFloor: c.dedup.floor,
 	}
 	p := c.lend(data.Encode(nil))
 	pr.stream++
