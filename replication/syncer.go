@@ -165,18 +165,17 @@ func (rp *replica) runSyncer(ctx context.Context) {
 			}
 			continue
 		}
-		// A wait in the kernel for long makes Go's monitor busy: so when nobody
-		// waits for the fsync, most of what it takes is slept through first.
-		sent := time.Now()
-		if err := rp.sendAhead(ctx, timer, expected); err != nil {
-			rp.fail(&syncError{err})
-			return
-		}
 		// Quiet: it is for the watch on a disk that hangs, which the tick keeps.
 		rp.in.pushQuiet(input{kind: inSyncStarted})
 		rp.disk.sync.Store(int64(rp.clock.Boot()))
-		began := time.Now()
-		seq, err := rp.log.Sync()
+		// A wait in the kernel for long makes Go's monitor busy: so when nobody
+		// waits for the fsync, most of what it takes is slept through first.
+		sent := time.Now()
+		err := rp.sendAhead(ctx, timer, expected)
+		began, seq := time.Now(), ident.Seq(0)
+		if err == nil {
+			seq, err = rp.log.Sync()
+		}
 		rp.disk.sync.Store(0)
 		if err != nil {
 			rp.in.push(input{kind: inSyncEnded, seq: 0, id: gen})

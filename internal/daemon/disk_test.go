@@ -98,11 +98,17 @@ func repeat(t *testing.T, step func(ctx context.Context, i uint64) bool) (stop f
 // the test if a write fails.
 func (n *testNode) writer() (stop func()) {
 	n.t.Helper()
+	return n.writes(8)
+}
+
+// writes is writer with a FLUSH after so many writes, 0 for none.
+func (n *testNode) writes(flush uint64) (stop func()) {
+	n.t.Helper()
 	c := n.open("db")
 	block := bytes.Repeat([]byte{1}, 16384)
 	return repeat(n.t, func(_ context.Context, i uint64) bool {
 		err := c.WriteAt(n.t.Context(), block, i%64*16384)
-		if err == nil && i%8 == 0 {
+		if err == nil && flush > 0 && i%flush == 0 {
 			err = c.Flush(n.t.Context())
 		}
 		if err != nil {
@@ -217,6 +223,24 @@ func TestAHungDisk(t *testing.T) {
 		asks.hasEvent("stalled", "answers again")
 		asks.healthy("db")
 	}
+	stop()
+	beta.same("alpha", "beta", "gamma")
+}
+
+// TestAHungWriteOut: the same where nobody waits for an fsync, and the disk stands
+// still in what goes before it.
+func TestAHungWriteOut(t *testing.T) {
+	t.Parallel()
+	nodes := diskCluster(t, "volume: {stall_timeout: 1s}\n")
+	beta := nodes["beta"]
+	stop := beta.writes(0)
+	defer stop()
+	nodes["alpha"].faults.on(errHang, "/log/", vfs.OpWriteOut)
+	beta.hasEvent("stalled", "hangs")
+	beta.sees("alpha", "", "hangs")
+	nodes["alpha"].faults.off()
+	beta.hasEvent("stalled", "answers again")
+	beta.healthy("db")
 	stop()
 	beta.same("alpha", "beta", "gamma")
 }
