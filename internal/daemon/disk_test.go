@@ -364,13 +364,29 @@ func TestEveryDiskFails(t *testing.T) {
 	if err := beta.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "gamma"}); err == nil {
 		t.Error("the replica on gamma was given up while there was none to copy it from")
 	}
+	before := beta.daemon.Load().state().Volume("db")
 	res, err := beta.client.Failover(t.Context(), "db", control.Failover{Force: true, AcceptDataLoss: true})
 	if err != nil || !strings.Contains(res.Lost, "input/output error") {
 		t.Fatalf("%+v, %v", res, err)
 	}
 	// While its raft log is replayed it has failed, as it had.
+	old := nodes[res.Primary].daemon.Load()
 	nodes[res.Primary].halt()
 	nodes[res.Primary].start()
+	nodes[res.Primary].eventually(20*time.Second, "its copy of the cluster state is whole", func(context.Context) error {
+		d := nodes[res.Primary].daemon.Load()
+		if d == nil || d == old || !d.isCurrent() {
+			return errors.New("it is not")
+		}
+		// Whoever read the state before that, and looks at it now, must not take
+		// the failure for one of today: nothing would take it back.
+		for _, m := range d.viewOf(before).Members {
+			if m.Node == d.self && m.Failed {
+				t.Errorf("the replica on %s failed, says a view made of an old state", m.Node)
+			}
+		}
+		return nil
+	})
 	for range 2 {
 		var node string
 		beta.eventually(20*time.Second, "the next step is to copy one that failed", func(ctx context.Context) error {

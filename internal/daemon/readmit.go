@@ -112,10 +112,16 @@ func (d *Daemon) markReadmitted(id ident.Volume, epoch ident.Epoch) error {
 
 // outlived reports whether the failure that a cluster state tells of may be one
 // from before the replica here was taken back. Once this node has the whole state,
-// what that says counts.
+// what that says counts: not what sv says, which was read before, when the whole
+// state had perhaps not come yet.
 func (d *Daemon) outlived(sv *state.Volume) bool {
 	if d.isCurrent() {
-		return false
+		now := d.state().Volumes[sv.ID]
+		if now == nil {
+			return false
+		}
+		was, is := sv.Replica(d.self), now.Replica(d.self)
+		return was != nil && is != nil && was.Replica == is.Replica && !is.Failed
 	}
 	b, err := os.ReadFile(filepath.Join(d.replicaDir(sv.ID), readmitMark))
 	if err != nil {
