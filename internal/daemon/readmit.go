@@ -116,12 +116,7 @@ func (d *Daemon) markReadmitted(id ident.Volume, epoch ident.Epoch) error {
 // state had perhaps not come yet.
 func (d *Daemon) outlived(sv *state.Volume) bool {
 	if d.isCurrent() {
-		now := d.state().Volumes[sv.ID]
-		if now == nil {
-			return false
-		}
-		was, is := sv.Replica(d.self), now.Replica(d.self)
-		return was != nil && is != nil && was.Replica == is.Replica && !is.Failed
+		return takenBack(sv, d.state().Volumes[sv.ID], d.self)
 	}
 	b, err := os.ReadFile(filepath.Join(d.replicaDir(sv.ID), readmitMark))
 	if err != nil {
@@ -129,6 +124,16 @@ func (d *Daemon) outlived(sv *state.Volume) bool {
 	}
 	epoch, err := strconv.ParseUint(string(b), 10, 64)
 	return err == nil && uint64(sv.Epoch) <= epoch
+}
+
+// takenBack reports whether a node's replica is the same in two states of a
+// volume, and has not failed in the newer one.
+func takenBack(old, now *state.Volume, node ident.Node) bool {
+	if now == nil {
+		return false
+	}
+	was, is := old.Replica(node), now.Replica(node)
+	return was != nil && is != nil && was.Replica == is.Replica && !is.Failed
 }
 
 // keepReadmit opens a replica that failed again, when somebody has asked for it.

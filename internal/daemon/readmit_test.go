@@ -13,7 +13,7 @@ import (
 
 // TestOldNewsOfAFailure: a replica that was taken back has the id of the one that
 // failed. Until this node has the whole cluster state, a failure of that epoch or
-// before is old news; a later one is not, and afterwards none is.
+// before is old news; a later one is not.
 func TestOldNewsOfAFailure(t *testing.T) {
 	d := &Daemon{
 		cfg: &config.Config{DataDir: t.TempDir()}, self: "alpha", fs: vfs.OS(), current: make(chan struct{}),
@@ -41,7 +41,25 @@ func TestOldNewsOfAFailure(t *testing.T) {
 	want("a state from before", false)
 	sv.Epoch = 4
 	want("it failed again", true)
-	sv.Epoch = 3
-	close(d.current)
-	want("the whole state says so", true)
+}
+
+// With the whole state it is the newest that counts, whatever was read before.
+func TestTakenBack(t *testing.T) {
+	vol := func(r ...state.Replica) *state.Volume { return &state.Volume{ID: 7, Replicas: r} }
+	old := vol(state.Replica{Node: "alpha", Replica: 1, Failed: true})
+	for _, tc := range []struct {
+		what string
+		now  *state.Volume
+		want bool
+	}{
+		{"it says the same", old, false},
+		{"it was taken back", vol(state.Replica{Node: "alpha", Replica: 1}), true},
+		{"another one is in its place", vol(state.Replica{Node: "alpha", Replica: 2}), false},
+		{"there is none any more", vol(state.Replica{Node: "beta", Replica: 1}), false},
+		{"there is no such volume", nil, false},
+	} {
+		if got := takenBack(old, tc.now, "alpha"); got != tc.want {
+			t.Errorf("%s: taken back: %v", tc.what, got)
+		}
+	}
 }
