@@ -35,9 +35,6 @@ const (
 	// writeOutBytes of log are sent to the disk as they come, without an fsync,
 	// so that a FLUSH finds little left to do.
 	writeOutBytes = 4 << 20
-	// sendAheadMax is how long the disk may work on what it was sent before an
-	// fsync that nobody waits for.
-	sendAheadMax = 50 * time.Millisecond
 	// linkLeaseDefault is how late an unanswered write may still take effect
 	// (design section 3, forwarders are fenced too).
 	linkLeaseDefault = 5 * time.Second

@@ -7,6 +7,7 @@ import (
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/replication/core"
+	"github.com/blockstep/blockstep/replication/store"
 )
 
 // syncer decides when the log is fsynced: at once when somebody waits for it,
@@ -183,7 +184,7 @@ func (rp *replica) runSyncer(ctx context.Context) {
 			return
 		}
 		rp.v.stages.observe(StageLogSync, began)
-		expected = min((expected+time.Since(sent))/2*3/4, sendAheadMax)
+		expected = store.NextRest(expected, time.Since(sent))
 		rp.syncer.done(seq, gen)
 		rp.in.pushQuiet(input{kind: inSyncEnded, seq: seq, id: gen})
 		rp.turn(false)

@@ -56,6 +56,13 @@ func (d *dirtied) take() []uint64 {
 // restMax bounds the rest before a wait.
 const restMax = 50 * time.Millisecond
 
+// NextRest returns how long to rest before the next wait for the disk, after the
+// last one, with the rest before it, has taken so long: most of what is expected,
+// so that a rest is seldom longer than the disk.
+func NextRest(last, took time.Duration) time.Duration {
+	return min((last+took)/2*3/4, restMax)
+}
+
 // WriteOut sends to the disk what was written since the last call, a few MiB at
 // a time and waiting for each, so that the Sync after it has little left to do
 // and what others fsync meanwhile does not queue behind all of it. It makes
@@ -81,8 +88,7 @@ func (s *Store) WriteOut(rest func(time.Duration) bool) error {
 		if err := s.writeOut(group, true); err != nil {
 			return err
 		}
-		// Most of what it took, so that a rest is seldom longer than the disk.
-		expected = min((expected+time.Since(began))/2*3/4, restMax)
+		expected = NextRest(expected, time.Since(began))
 		if !rest(0) {
 			return nil
 		}
