@@ -38,10 +38,6 @@ func (rp *replica) perform() bool {
 		rp.performAnswers(e)
 		return false
 	}
-	if e.SyncTo != 0 && len(e.Append) == 0 && !e.Cut && e.Reset == nil && rp.failedWith == nil {
-		// All of it is in the file: the disk works while the rest is done.
-		rp.syncer.demand(e.SyncTo)
-	}
 	for i := range e.Early {
 		rp.send(&e.Early[i])
 	}
@@ -127,9 +123,7 @@ func (rp *replica) performDisk(e *core.Effects) (bool, error) {
 			return false, err
 		}
 	}
-	if e.SyncTo != 0 {
-		rp.syncer.demand(e.SyncTo) // before the answers: the disk works while they go out
-	}
+	rp.syncTo = max(rp.syncTo, e.SyncTo)
 	if e.MetaDirty {
 		rp.meta.Promise, rp.meta.Amnesiac, rp.meta.Incarnation = e.Meta.Promise, e.Meta.Amnesiac, e.Meta.Incarnation
 		if err := rp.writeMeta(); err != nil {
@@ -174,6 +168,7 @@ func (rp *replica) cut(seq ident.Seq) error {
 	}
 	rp.overlay.cut(seq)
 	rp.syncer.cut(seq)
+	rp.syncTo = min(rp.syncTo, seq)
 	if err := rp.log.Truncate(seq); err != nil {
 		return fmt.Errorf("cut the log after %d: %w", seq, err)
 	}

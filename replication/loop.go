@@ -114,6 +114,12 @@ func (rp *replica) step(rounds int, flushes bool) {
 		case !flushes:
 			rp.v.opts.Links.FlushSoon()
 		}
+		if rp.syncTo != 0 {
+			// Last: who waits for the answers, or for an entry, is not to wait for
+			// the thread that is woken here as well.
+			rp.syncer.demand(rp.syncTo)
+			rp.syncTo = 0
+		}
 		if n == rounds {
 			rp.in.handOver()
 			return

@@ -80,6 +80,7 @@ type replica struct {
 	core       *core.Core
 	effects    core.Effects
 	published  core.Gate
+	syncTo     ident.Seq // to be fsynced at once, from the end of the batch on
 	meta       store.Meta
 	appliedFed ident.Seq // the last that the core has been told
 	failedWith error

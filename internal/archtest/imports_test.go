@@ -28,7 +28,7 @@ var layers = []layer{
 		why: "the cluster state is a pure value: State.Apply(Command)",
 	},
 	{
-		dir: "replication", may: []string{"replication", "internal/boottime", "internal/buf", "internal/ident", "internal/invariant", "internal/sock", "internal/vfs", "internal/yield"},
+		dir: "replication", may: []string{"replication", "internal/boottime", "internal/buf", "internal/eventfd", "internal/ident", "internal/invariant", "internal/sock", "internal/vfs", "internal/yield"},
 		why: "replication declares the Cluster interface that it needs; who fulfils it is internal/daemon's to say",
 	},
 	{
