@@ -326,6 +326,7 @@ func (rp *replica) grow(size uint64) error {
 		return fmt.Errorf("grow the backing store to %d bytes: %w", size, err)
 	}
 	rp.meta.Size = size
+	rp.checkpointer.limit(rp.v.opts.Limits.checkpointMax(size))
 	return rp.writeMeta()
 }
 

@@ -46,6 +46,7 @@ func openReplica(v *Volume, ro ReplicaOptions) (_ *replica, err error) {
 	if err := rp.openMeta(); err != nil {
 		return nil, err
 	}
+	rp.checkpointer.limit(v.opts.Limits.checkpointMax(rp.meta.Size))
 	if err := rp.openStore(); err != nil {
 		return nil, err
 	}
@@ -192,7 +193,7 @@ func (rp *replica) openLog(applied ident.Position, target bool) (*wal.Log, wal.R
 	dir := filepath.Join(rp.opt.Dir, logDir)
 	o := wal.Options{
 		Volume: rp.v.opts.Volume, Replica: rp.id, RetentionBytes: rp.opt.LogRetention, SegmentBytes: rp.opt.LogSegment,
-		SpareBytes:   rp.v.opts.Limits.CheckpointMax,
+		SpareBytes:   rp.v.opts.Limits.checkpointMax(rp.meta.Size),
 		DurableFloor: applied.Seq, VerifyAfter: applied.Seq,
 	}
 	if !target {
