@@ -14,8 +14,8 @@ import (
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
-// perform takes the core's effects and performs them in their order. It
-// reports whether the core has been told something new meanwhile, so that
+// perform takes the core's effects and performs them in their order, but leaves
+// the fsync that they ask for to the end of the batch. It reports whether the core has been told something new meanwhile, so that
 // there may be more.
 func (rp *replica) perform() bool {
 	defer rp.doneEffects()
@@ -168,7 +168,6 @@ func (rp *replica) cut(seq ident.Seq) error {
 	}
 	rp.overlay.cut(seq)
 	rp.syncer.cut(seq)
-	rp.syncTo = min(rp.syncTo, seq)
 	if err := rp.log.Truncate(seq); err != nil {
 		return fmt.Errorf("cut the log after %d: %w", seq, err)
 	}

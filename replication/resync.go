@@ -48,7 +48,6 @@ func (rp *replica) reset(s *core.Snapshot) error {
 	at := s.Applied.Seq
 	rp.overlay.reset(at)
 	rp.syncer.reset(at)
-	rp.syncTo = 0
 	rp.applier.reset(at)
 	rp.appliedFed = at
 	if err := rp.log.Reset(s.Applied); err != nil {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/blockstep/blockstep/internal/eventfd"
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/yield"
 	"github.com/blockstep/blockstep/replication/core"
 	"github.com/blockstep/blockstep/replication/store"
 )
@@ -14,8 +15,8 @@ import (
 const (
 	// syncPatience is how often a syncer whom somebody has waited for waits by a
 	// thread of its own without being wanted, and syncPark for how long each
-	// time: less than the 10 ms after which the runtime's monitor takes its
-	// processor.
+	// time, and between two turns of the scheduler: together less than the 10 ms
+	// after which the runtime's monitor would take its processor.
 	syncPatience = 5
 	syncPark     = 4 * time.Millisecond
 )
@@ -75,31 +76,32 @@ func (s *syncer) wakeLocked() {
 }
 
 // park waits until the syncer is woken, but for d at the most, by a thread of its
-// own, which is quicker than a channel where FLUSH follows FLUSH. ok is false when
-// there is no thread for it, and then it has not waited.
-func (s *syncer) park(d time.Duration) (woken, ok bool) {
+// own, which is quicker than a channel where FLUSH follows FLUSH. It returns false
+// when there is no thread for it, and then it has not waited.
+func (s *syncer) park(d time.Duration) bool {
 	s.mu.Lock()
 	if s.event == nil {
 		e, err := eventfd.New()
 		if err != nil {
 			s.mu.Unlock()
-			return false, false
+			return false
 		}
 		s.event = e
 	}
 	select {
 	case <-s.wake: // since it last looked
 		s.mu.Unlock()
-		return true, true
+		return true
 	default:
 	}
 	s.parked = true
 	s.mu.Unlock()
-	ok = s.event.Wait(d)
+	ok := s.event.Wait(d)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	woken, s.parked = !s.parked, false
-	return woken, ok || woken
+	woken := !s.parked
+	s.parked = false
+	return ok || woken
 }
 
 // close gives back what park has opened, when nobody parks any more.
@@ -209,7 +211,7 @@ func (rp *replica) runSyncer(ctx context.Context) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	expected := time.Duration(0) // what the disk takes for what has been sent to it
-	patience := 0
+	patience, turn := 0, time.Time{}
 	for ctx.Err() == nil {
 		now, left, gen := rp.syncer.due(rp.clock.Boot(), &rp.v.opts.Limits)
 		if !now && rp.syncer.writeOut() {
@@ -226,9 +228,14 @@ func (rp *replica) runSyncer(ctx context.Context) {
 				left = time.Hour
 			}
 			if patience > 0 {
-				if woken, ok := rp.syncer.park(min(left, syncPark)); !ok {
+				if now := time.Now(); now.Sub(turn) >= syncPark {
+					turn = now
+					yield.Turn()
+				}
+				switch ok := rp.syncer.park(min(left, syncPark)); {
+				case !ok:
 					patience = 0
-				} else if !woken {
+				case !rp.syncer.waited():
 					patience--
 				}
 				continue

@@ -45,42 +45,56 @@ func TestSyncerCountsWhatAnFsyncCovered(t *testing.T) {
 }
 
 // TestSyncerParked: a syncer that waits by a thread of its own misses no demand,
-// whenever it comes, and is woken for nothing else that can wait.
+// whenever it comes, and an entry that can wait does not wake it.
 func TestSyncerParked(t *testing.T) {
+	const long = time.Minute
 	s := newSyncer(0, 0)
 	defer s.close()
-	s.demand(1) // before it parks
-	if woken, ok := s.park(time.Minute); !woken || !ok {
-		t.Fatalf("woken %v, ok %v for a demand that came before", woken, ok)
+	park := func(d time.Duration) time.Duration {
+		began := time.Now()
+		if !s.park(d) {
+			t.Error("no thread to wait by")
+		}
+		return time.Since(began)
 	}
-	if woken, ok := s.park(time.Millisecond); woken || !ok {
-		t.Fatalf("woken %v, ok %v without a demand", woken, ok)
+	// begin waits in another goroutine, and returns when it does.
+	begin := func(d time.Duration) chan time.Duration {
+		took := make(chan time.Duration, 1)
+		go func() { took <- park(d) }()
+		for parked := false; !parked; runtime.Gosched() {
+			s.mu.Lock()
+			parked = s.parked
+			s.mu.Unlock()
+		}
+		return took
 	}
-	parked := func() bool {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.parked
+	s.demand(1)
+	if took := park(long); took > long/2 {
+		t.Fatal("a demand from before it parked did not wake it")
+	}
+	took := begin(20 * time.Millisecond)
+	s.wrote(1, 4096, 1)
+	if d := <-took; d < 20*time.Millisecond {
+		t.Fatalf("an entry that can wait woke it after %v", d)
 	}
 	for seq := ident.Seq(2); seq < 200; seq++ {
-		done := make(chan bool)
-		go func() {
-			woken, ok := s.park(time.Minute)
-			done <- woken && ok
-		}()
-		for seq%2 == 0 && !parked() { // half of them come when they come
-			runtime.Gosched()
-		}
-		s.wrote(seq, 4096, 1)
+		took := begin(long)
 		s.demand(seq)
-		if !<-done {
-			t.Fatalf("the demand of entry %d woke nobody", seq)
-		}
-		select {
-		case <-s.wake: // the entry was there before it parked
-		default:
+		if <-took > long/2 {
+			t.Fatalf("the demand of entry %d did not wake it", seq)
 		}
 	}
-	if woken, ok := s.park(time.Millisecond); woken && ok {
-		t.Fatal("woken by a demand that was seen before")
+	for seq := ident.Seq(200); seq < 400; seq++ {
+		took := make(chan time.Duration, 1)
+		go func() { took <- park(long) }()
+		s.demand(seq) // comes when it comes
+		if <-took > long/2 {
+			t.Fatalf("the demand of entry %d did not wake it", seq)
+		}
+	}
+	took = begin(long)
+	s.wrote(400, writeOutBytes, 1)
+	if <-took > long/2 {
+		t.Fatal("a write-out that is due did not wake it")
 	}
 }

@@ -9,6 +9,7 @@ package eventfd
 
 import (
 	"encoding/binary"
+	"errors"
 	"os"
 	"sync/atomic"
 	"time"
@@ -17,7 +18,7 @@ import (
 )
 
 // waitersMax is how many goroutines of the process wait at a time: half of the
-// processors that are spare (internal/sock).
+// processors that are spare where internal/sock is in use.
 const waitersMax = 2
 
 var waiters atomic.Int32
@@ -45,7 +46,7 @@ func New() (*Event, error) {
 
 // Set ends the present Wait, or the next.
 func (e *Event) Set() {
-	_, _ = unix.Write(e.fd, one) // fails only when it has been set 2^64-1 times
+	_, _ = unix.Write(e.fd, one) // fails only when it is set 2^64-2 times over
 }
 
 // Wait returns when the event is set, or after d: which of them it does not say. It
@@ -56,10 +57,16 @@ func (e *Event) Wait(d time.Duration) bool {
 		return false
 	}
 	e.timeout = unix.NsecToTimespec(int64(max(d, 0)))
-	if n, err := unix.Ppoll(e.poll[:], &e.timeout, nil); n > 0 && err == nil {
-		_, _ = unix.Read(e.fd, e.count[:]) // takes all that was set
+	for {
+		// A signal ends it too; timeout then says what is left.
+		n, err := unix.Ppoll(e.poll[:], &e.timeout, nil)
+		if n > 0 {
+			_, _ = unix.Read(e.fd, e.count[:]) // takes all that was set
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return true
+		}
 	}
-	return true
 }
 
 // Close gives the descriptor back. Nobody uses the event any more.

@@ -260,7 +260,7 @@ type Effects struct {
 	Released []uint64 // read barriers that have come true (Core.Barrier)
 	Bounced  []uint64 // read barriers to send to another primary
 
-	SyncTo   ident.Seq // fsync the log at least to here now (0: at leisure)
+	SyncTo   ident.Seq // fsync the log at least to here now (0: at leisure); nothing rests on when it begins
 	ApplyTo  ident.Seq // entries up to here are committed and durable: apply
 	TrimTo   ident.Seq // recycle the log up to here (0: nothing)
 	LogReads []LogRead

@@ -39,8 +39,6 @@ type house struct {
 	retiring []*segment // to be voided, in this order
 	wanted   bool       // prepare one more
 	prefill  bool       // and write its blocks
-	live     int        // segments of the log: after retire, and those that were taken since
-	peak     int        // the most that there were lately
 	nextName uint64
 	running  bool
 	stopping bool
@@ -125,15 +123,13 @@ func (h *house) want(syncs uint64) {
 }
 
 // retire gives segments back, in this order, which must be the log's own: a
-// crash between two must leave a log without gaps. The log has live others.
-func (h *house) retire(segments []*segment, live int) {
+// crash between two must leave a log without gaps.
+func (h *house) retire(segments []*segment) {
 	if len(segments) == 0 {
 		return
 	}
 	h.mu.Lock()
 	h.retiring = append(h.retiring, segments...)
-	h.peak = max(live+len(segments), h.peak-(h.peak+7)/8)
-	h.live = live
 	h.mu.Unlock()
 	h.poke()
 }
@@ -166,7 +162,6 @@ func (h *house) noteName(name string) {
 // no spare is ready: then its directory entry is not durable yet.
 func (h *house) take(room int64) (*segment, error) {
 	h.mu.Lock()
-	h.live++
 	if n := len(h.spares); n > 0 && room == h.l.o.SegmentBytes {
 		s := h.spares[n-1]
 		h.spares = h.spares[:n-1]
@@ -212,13 +207,9 @@ func (h *house) work() {
 	}
 }
 
-// sparesMaxLocked is how many empty segments are kept: what Options.SpareBytes
-// asks for, or as many as bring the files to the number that was needed lately. Any
-// fewer, and a load that goes on, or comes back, would make again what was removed:
-// memory and blocks of a new file are new, and a MiB of the log then costs two to
-// four times the CPU time.
-func (h *house) sparesMaxLocked() int {
-	return max(sparesMin, int(h.l.o.SpareBytes/h.l.o.SegmentBytes), h.peak-h.live)
+// sparesMax is how many empty segments are kept.
+func (l *Log) sparesMax() int {
+	return int(max(sparesMin, l.o.SpareBytes/l.o.SegmentBytes))
 }
 
 // recycle voids a segment and keeps its file as a spare, or removes it.
@@ -230,7 +221,7 @@ func (h *house) recycle(s *segment) {
 	size, err := s.file.Size()
 	h.mu.Lock()
 	h.retiring = h.retiring[1:]
-	keep := err == nil && size == h.l.o.SegmentBytes && len(h.spares) < h.sparesMaxLocked()
+	keep := err == nil && size == h.l.o.SegmentBytes && len(h.spares) < h.l.sparesMax()
 	if keep {
 		h.spares = append(h.spares, &segment{file: s.file, name: s.name, spare: true, index: s.index[:0]})
 	}

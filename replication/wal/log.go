@@ -336,7 +336,7 @@ func (l *Log) Truncate(after ident.Seq) error {
 	if _, err := l.syncLocked(); err != nil {
 		return err
 	}
-	l.house.retire(dropped, len(l.segments))
+	l.house.retire(dropped)
 	return nil
 }
 
@@ -409,7 +409,7 @@ func (l *Log) TrimTo(seq ident.Seq) error {
 	l.history = append([]ident.EpochStart{{Epoch: base.Epoch, First: base.Seq}}, l.history[k+1:]...)
 	l.version++
 	l.mu.Unlock()
-	l.house.retire(gone, len(l.segments))
+	l.house.retire(gone)
 	return l.usable()
 }
 
@@ -427,7 +427,7 @@ func (l *Log) Reset(base ident.Position) error {
 	if err := l.begin(base, old[len(old)-1].header.ordinal+1); err != nil {
 		return err
 	}
-	l.house.retire(old, len(l.segments))
+	l.house.retire(old)
 	return l.usable()
 }
 

@@ -58,10 +58,10 @@ type Options struct {
 	// no longer needed, for peers that are away for a short time; 256 MiB by
 	// default, and none when it is negative.
 	RetentionBytes int64
-	// SpareBytes is how much of trimmed segments is kept to be used again at the
-	// least, 32 MiB by default. Under a load that goes on it is as much as is
-	// written between two calls of TrimTo: a new file has to be made, and its blocks
-	// are slower to write and to fsync than those of one that was written before.
+	// SpareBytes is how much of trimmed segments is kept to be used again, 32
+	// MiB by default. It should cover what one TrimTo gives back: a new file has
+	// to be made, and its blocks are slower to write and to fsync than those of
+	// one that was written before.
 	SpareBytes int64
 	// DurableFloor is a seq that the caller knows to have been durable (0:
 	// unknown). Open returns ErrCorrupt for a log that ends below it.
