@@ -112,6 +112,7 @@ func TestDevices(t *testing.T) {
 			}
 		}, relink)
 		c.fileInDev(link, dev)
+		c.foreignDevice(link, dev, loopDevice(t, 2*deviceSize))
 	})
 	t.Run("late file", func(t *testing.T) {
 		t.Parallel()
@@ -175,6 +176,47 @@ func (c *cluster) deviceWaits(reason string) {
 		return code == exitOK && strings.Contains(out, reason) && strings.Contains(out, "see to the device on alpha") &&
 			strings.Contains(out, "if its content is lost: blockstep invalidate db --node alpha") && !strings.Contains(out, "Failed")
 	})
+}
+
+// foreignDevice: another disk has the path, as when disks are found in another order
+// at boot. Nothing is written to it until the operator says that it is the new one.
+func (c *cluster) foreignDevice(link, dev, other string) {
+	c.t.Helper()
+	alpha, beta := c.node("alpha"), c.node("beta")
+	content := func() []byte {
+		b, err := os.ReadFile(other)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		return b
+	}
+	relink := func(to string) {
+		if err := errors.Join(os.Remove(link), os.Symlink(to, link)); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	was := content()
+	alpha.stop()
+	relink(other)
+	alpha.start()
+	c.deviceWaits(link + ": another disk stands there (loop=")
+	if !bytes.Equal(content(), was) {
+		c.t.Error("something was written to a disk that is not the replica's")
+	}
+	relink(dev)
+	c.waitHealthy("db")
+	c.replicasEqual("db")
+
+	alpha.stop()
+	relink(other)
+	alpha.start()
+	c.deviceWaits(link + ": another disk stands there (loop=")
+	beta.cli("invalidate", "db", "--node", "alpha")
+	c.waitHealthy("db")
+	c.replicasEqual("db")
+	alpha.stop()
+	alpha.start() // it is the replica's own now
+	c.waitHealthy("db")
 }
 
 // fileInDev: a regular file where the device should be, as a dd to a device that

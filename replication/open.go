@@ -67,7 +67,7 @@ func openReplica(v *Volume, ro ReplicaOptions) (_ *replica, err error) {
 
 // ErrDevice is returned (wrapped, with the cause) when the backing device of a
 // replica, which lies elsewhere than its other files, cannot be had: it is not
-// there, too small, or somebody else's. Nothing was written, and the replica is
+// there, too small, another one, or somebody else's. Nothing was written, and the replica is
 // what it was: to open it again later is all that it takes.
 var ErrDevice = errors.New("the backing device cannot be had")
 
@@ -93,10 +93,18 @@ func (rp *replica) openMeta() (err error) {
 // openStore claims the backing store. It comes before the start is noted: a
 // replica that waits for its device is asked each second, and has not started.
 func (rp *replica) openStore() (err error) {
-	if rp.store, err = store.OpenStore(rp.opt.FS, rp.opt.Store, rp.meta.Size, false); err == nil {
+	rp.store, err = store.OpenStore(rp.opt.FS, rp.opt.Store, rp.meta.Size, false)
+	switch {
+	case err != nil && rp.opt.device():
+		return fmt.Errorf("%w: %w", ErrDevice, err)
+	case err != nil:
+		return rp.judgeOpen(err)
+	case !rp.opt.device():
 		return nil
 	}
-	if rp.opt.device() {
+	err = store.CheckIdentity(rp.opt.FS, filepath.Join(rp.opt.Dir, deviceFile), rp.opt.Store)
+	var foreign *store.ForeignError
+	if errors.As(err, &foreign) {
 		return fmt.Errorf("%w: %w", ErrDevice, err)
 	}
 	return rp.judgeOpen(err)

@@ -27,6 +27,7 @@ const (
 	checkpointFile = "checkpoint"
 	logDir         = "log"
 	storeFile      = "data"
+	deviceFile     = "device" // which disk it was made on, where the backing store is one
 )
 
 // replica is this node's replica of a volume.
@@ -163,6 +164,11 @@ func createFiles(ctx context.Context, o *Options, ro *ReplicaOptions, id ident.R
 	}
 	if err := errors.Join(st.Clear(ctx), st.Close()); err != nil {
 		return err
+	}
+	if ro.device() {
+		if err := store.NoteIdentity(fs, filepath.Join(ro.Dir, deviceFile), ro.Store); err != nil {
+			return err
+		}
 	}
 	cf, err := store.CreateCheckpoint(fs, filepath.Join(ro.Dir, checkpointFile), store.Checkpoint{})
 	if err != nil {

@@ -45,6 +45,7 @@ var (
 // business there, and nothing brings it back.
 func waitsFor(path string, err error) error {
 	var dev *deviceError
+	var foreign *store.ForeignError
 	switch {
 	case path == "":
 		return nil
@@ -52,6 +53,8 @@ func waitsFor(path string, err error) error {
 		return dev
 	case errors.Is(err, store.ErrBusy):
 		return &deviceError{path, errInUse}
+	case errors.As(err, &foreign):
+		return &deviceError{path, foreign}
 	case !errors.Is(err, replication.ErrDevice):
 		return nil
 	case gone(err):
