@@ -243,6 +243,7 @@ func TestOptions(t *testing.T) {
 		"info with an unknown request":  {{nbdtest.OptInfo, nbdtest.GoData("v", 77), replies(info, info, acked)}},
 		"info with a request twice":     {{nbdtest.OptInfo, nbdtest.GoData("v", 1, 1), replies(info, info, info, acked)}},
 		"info with too many requests":   {{nbdtest.OptInfo, nbdtest.GoData("v", make([]uint16, 65)...), replies(tooBig)}},
+		"info with unknown requests":    {{nbdtest.OptInfo, nbdtest.GoData("v", slices.Repeat([]uint16{77}, 30000)...), replies(info, info, acked)}},
 		"info on nothing":               {{nbdtest.OptInfo, nbdtest.GoData("nothing"), replies(unknown)}},
 		"go on nothing":                 {{nbdtest.OptGo, nbdtest.GoData("nothing"), replies(unknown)}},
 		"go on the default export":      {{nbdtest.OptGo, nbdtest.GoData(""), replies(unknown)}},

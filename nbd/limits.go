@@ -87,12 +87,16 @@ const (
 	optionSkipMax = 1 << 20
 	// optionsMax bounds the options of one negotiation.
 	optionsMax = 1024
+	// infoRequestsMax bounds the information requests of INFO and GO that are
+	// answered; those that mean nothing here are not counted.
+	infoRequestsMax = 64
+	// looseRequestsMax bounds the information requests of an option that does not
+	// say how long it is.
+	looseRequestsMax = 64
 	// queriesMax bounds the queries of one meta context option.
 	queriesMax = 64
 	// contextsMax bounds the meta contexts of one session.
 	contextsMax = 16
-	// infoRequestsMax bounds the information requests of INFO and GO.
-	infoRequestsMax = 64
 
 	// extentsMax bounds the extents of one block status chunk; the protocol
 	// says at most 2^20. 64 Ki of them are 1 MiB of extended reply.

@@ -129,6 +129,9 @@ func readTLS(cert, key, ca string) (*tls.Config, error) {
 		return nil, fmt.Errorf("nbd: TLS authority %s holds no PEM certificate", ca)
 	}
 	cfg.ClientAuth = tls.RequireAndVerifyClientCert
+	// Under TLS 1.3 crypto/tls asks for certificates without naming RSA in the way
+	// that GnuTLS 3.7 looks for: qemu and libnbd then send none that has an RSA key.
+	cfg.MaxVersion = tls.VersionTLS12
 	return cfg, nil
 }
 

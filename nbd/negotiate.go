@@ -145,7 +145,7 @@ func (n *negotiation) looseStep(in, out []byte) ([]byte, outcome, error) {
 	name := int(binary.BigEndian.Uint32(n.loose))
 	requests := int(binary.BigEndian.Uint16(n.loose[4+name:]))
 	switch {
-	case requests > infoRequestsMax:
+	case requests > looseRequestsMax:
 		return out, hangUp, fmt.Errorf("%w: %d information requests", errHandshake, requests)
 	case len(n.loose) < 4+name+2+2*requests:
 		return out, goOn, nil
@@ -341,7 +341,13 @@ func (n *negotiation) infoOrGo(data, out []byte) ([]byte, outcome, error) {
 	if len(rest) != 2*count {
 		return n.fail(out, repErrInvalid, "malformed list of information requests"), goOn, nil
 	}
-	if count > infoRequestsMax {
+	known := 0
+	for i := range count {
+		if binary.BigEndian.Uint16(rest[2*i:]) <= infoBlockSize {
+			known++
+		}
+	}
+	if known > infoRequestsMax {
 		return n.fail(out, repErrTooBig, "too many information requests"), goOn, nil
 	}
 	var info Info

@@ -19,29 +19,32 @@ var (
 	ErrUnknownPosition = errors.New("what changed since that position is not known: take a whole backup")
 )
 
-// Changed returns the blocks that changed after the position, for an
-// incremental backup. The serving primary alone answers, since its log holds
-// every answered write. Blocks are of bitmap.BlockSize; some more than changed
+// Changed returns the blocks that changed after the position since, for an
+// incremental backup, and the end of the log at which that is so; no blocks (nil)
+// when the log ends at have still. The serving primary alone answers, since its log
+// holds every answered write. Blocks are of bitmap.BlockSize; some more than changed
 // may be named, never fewer.
-func (v *Volume) Changed(ctx context.Context, since ident.Position) (*bitmap.Bitmap, error) {
+func (v *Volume) Changed(ctx context.Context, since, have ident.Position) (*bitmap.Bitmap, ident.Position, error) {
 	rp := v.rep()
 	if rp == nil {
-		return nil, ErrNotPrimary
+		return nil, have, ErrNotPrimary
 	}
 	var b *bitmap.Bitmap
+	var at ident.Position
 	known, serves := false, false
 	err := rp.call(ctx, func(core.Instant) {
-		if serves = gateOpen(rp.core.Gate(), rp.clock.Boot()); serves {
+		g := rp.core.Gate()
+		if serves, at = gateOpen(g, rp.clock.Boot()), g.Last; serves && at != have {
 			b, known = rp.core.ChangedAfter(since)
 		}
 	})
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, have, err
 	case !serves:
-		return nil, ErrNotPrimary
-	case !known:
-		return nil, fmt.Errorf("position %v: %w", since, ErrUnknownPosition)
+		return nil, have, ErrNotPrimary
+	case at != have && !known:
+		return nil, have, fmt.Errorf("position %v: %w", since, ErrUnknownPosition)
 	}
-	return b, nil
+	return b, at, nil
 }

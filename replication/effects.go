@@ -189,6 +189,8 @@ func (rp *replica) performAnswers(e *core.Effects) {
 		status, why := a.Status, error(nil)
 		if _, ok := rp.forgotten[r.session]; ok && status == wire.StatusIO {
 			status, why = rp.dropped(r), ErrClosed
+		} else if hold := rp.holdNanos.Load(); status == wire.StatusIO && hold > 0 {
+			why = noQuorum(hold)
 		}
 		if status == wire.StatusOK && r.sess != nil {
 			rp.done.succeed(r)

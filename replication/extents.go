@@ -39,7 +39,8 @@ func (rp *replica) tryStatus(a *readArgs, r *Request) (readOutcome, error) {
 // extents appends the runs from off on to dst. A range with an entry that is
 // not applied yet counts as allocated when the entry brings data, else as what
 // lies below it; an entry of zeroes or a trim does not make a hole before it
-// has been applied, so that what is called a hole surely reads as zeroes.
+// has been applied, so that what is called a hole surely reads as zeroes. What has
+// room but no data (NO_HOLE) reads as zeroes and is no hole.
 func (rp *replica) extents(off, end uint64, ps []patch, dst []Extent, one bool) ([]Extent, error) {
 	limit := blockStatusExtentsMax
 	if one {
@@ -61,15 +62,20 @@ func (rp *replica) extents(off, end uint64, ps []patch, dst []Extent, one bool) 
 			return add(n, 0)
 		}
 		for stop := at + n; at < stop; {
-			next, covered := nextPatch(ps, at, stop)
-			flags := ExtentHole | ExtentZero
-			if covered {
-				flags = 0
-			}
-			if err := add(next-at, flags); err != nil {
+			room, k, err := rp.store.Unwritten(at, stop)
+			if err != nil {
 				return err
 			}
-			at = next
+			if k == 0 {
+				room = stop
+			}
+			if err := addHole(ps, at, room, ExtentHole|ExtentZero, add); err != nil {
+				return err
+			}
+			if err := addHole(ps, room, room+k, ExtentZero, add); err != nil {
+				return err
+			}
+			at = room + k
 		}
 		return nil
 	})
@@ -79,13 +85,30 @@ func (rp *replica) extents(off, end uint64, ps []patch, dst []Extent, one bool) 
 	return dst, err
 }
 
+// addHole adds the runs of a range without data: as flags say, but where an entry
+// that is not applied yet covers it.
+func addHole(ps []patch, at, stop uint64, flags uint32, add func(n uint64, flags uint32) error) error {
+	for at < stop {
+		next, covered := nextPatch(ps, at, stop)
+		f := flags
+		if covered {
+			f = 0
+		}
+		if err := add(next-at, f); err != nil {
+			return err
+		}
+		at = next
+	}
+	return nil
+}
+
 // nextPatch returns up to where the range from at on is, or is not, covered by
-// an entry with data.
+// an entry with data, or with zeroes that keep their room.
 func nextPatch(ps []patch, at, stop uint64) (next uint64, covered bool) {
 	next = stop
 	for i := range ps {
 		p := &ps[i]
-		if p.kind != wire.KindData {
+		if p.kind != wire.KindData && !p.noHole {
 			continue
 		}
 		switch {

@@ -225,9 +225,14 @@ func (rp *replica) tickBarriers(now core.Instant) {
 	for id, r := range rp.barriers {
 		if now-r.heldSince > hold {
 			delete(rp.barriers, id)
-			rp.v.finishOp(r, wire.StatusIO, ident.Position{}, fmt.Errorf("%w: no quorum for %v (on_no_quorum is error)", ErrIO, time.Duration(hold)))
+			rp.v.finishOp(r, wire.StatusIO, ident.Position{}, noQuorum(int64(hold)))
 		}
 	}
+}
+
+// noQuorum is what a request ends with that was held for so long, in nanoseconds.
+func noQuorum(hold int64) error {
+	return fmt.Errorf("%w: no quorum for %v (on_no_quorum is error)", ErrIO, time.Duration(hold))
 }
 
 // call runs fn in a turn and waits for it. It returns ErrClosed when the

@@ -48,6 +48,7 @@ type patch struct {
 	seq      ident.Seq
 	off, end uint64
 	kind     wire.Kind
+	noHole   bool // zeroes that keep their room
 	payload  *buf.Buf
 }
 
@@ -413,7 +414,7 @@ func (o *overlay) lookOneLocked(seq ident.Seq, off, end uint64, upTo ident.Seq, 
 	if seq > upTo || !e.overlaps(off, end) {
 		return dst
 	}
-	return append(dst, patch{seq: seq, off: e.off, end: e.end, kind: e.kind, payload: e.payload.Retain()})
+	return append(dst, patch{seq: seq, off: e.off, end: e.end, kind: e.kind, noHole: e.flags&wire.FlagNoHole != 0, payload: e.payload.Retain()})
 }
 
 // touched reports whether an entry after newest, which a reader has not seen,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -90,11 +91,25 @@ func (e exports) await(ctx context.Context, name string) (target, error) {
 	for {
 		current := e.d.isCurrent()
 		t, err := e.find(name)
-		if err == nil || current || !pause(ctx, exportPause) {
+		switch {
+		case err == nil || current:
 			return t, err
+		case !pause(ctx, exportPause):
+			return t, notYet{name}
 		}
 	}
 }
+
+// notYet is an nbd.ErrNoExport of a node that has not heard the cluster's state
+// since it has started.
+type notYet struct{ name string }
+
+func (e notYet) Error() string {
+	return fmt.Sprintf("this node does not know yet whether there is a volume %q, since it has heard of no Raft leader: try again, or see blockstep status", e.name)
+}
+
+// Is makes it an nbd.ErrNoExport.
+func (notYet) Is(target error) bool { return target == nbd.ErrNoExport } //nolint:errorlint // that is what Is is for
 
 // Lookup implements nbd.Exports.
 func (e exports) Lookup(ctx context.Context, name string) (nbd.Info, error) {
@@ -152,7 +167,7 @@ type session struct {
 	info nbd.Info
 	// dirty are the dirty-since contexts that were negotiated: of id i at i-1.
 	// Negotiation is over before the first Submit.
-	dirty []*bitmap.Bitmap
+	dirty []*changes
 }
 
 // Info implements nbd.Session. The size is the one that requests are held to.
@@ -167,8 +182,8 @@ func (s *session) Info() nbd.Info {
 // Close implements nbd.Session.
 func (s *session) Close() { s.s.Close() }
 
-// MetaContext implements nbd.Session: it asks the primary, once, what changed
-// since the position in the context's name.
+// MetaContext implements nbd.Session: it asks the primary whether it knows what
+// changed since the position in the context's name.
 func (s *session) MetaContext(name string) (uint32, error) {
 	param, ok := strings.CutPrefix(name, dirtyContext)
 	if !ok || s.info.ReadOnly {
@@ -178,11 +193,11 @@ func (s *session) MetaContext(name string) (uint32, error) {
 	if err != nil {
 		return 0, fmt.Errorf("meta context %q: %w: %w", name, nbd.ErrInvalid, err)
 	}
-	b, err := s.d.changed(s.vol, since)
-	if err != nil {
-		return 0, fmt.Errorf("meta context %q: %w: %w", name, nbd.ErrInvalid, err)
+	c := &changes{since: since}
+	if _, err := c.update(s.d, s.vol, s.d.cfg.NBD.HandshakeTimeout/2); err != nil {
+		return 0, fmt.Errorf("meta context %q: %w", name, err)
 	}
-	s.dirty = append(s.dirty, b)
+	s.dirty = append(s.dirty, c)
 	return uint32(len(s.dirty)), nil
 }
 
@@ -191,7 +206,8 @@ func (s *session) MetaContext(name string) (uint32, error) {
 type carried struct {
 	replication.Request
 	from   *nbd.Request
-	dirty  []*bitmap.Bitmap
+	s      *session
+	dirty  []*bitmap.Bitmap // of context id i at i-1, where it was asked for
 	status []nbd.Status
 	runs   []nbd.Extent
 }
@@ -205,7 +221,10 @@ func (s *session) Submit(r *nbd.Request) {
 		c = &carried{}
 		c.User, c.Complete, c.Queue = c, completeCarried, queueCarried
 	}
-	c.from, c.dirty = r, s.dirty
+	c.from, c.s = r, s
+	if len(s.dirty) > 0 && r.Op == nbd.OpBlockStatus {
+		c.Complete, c.Queue = completeDirty, nil // it does not go back to the pool
+	}
 	c.Op = replication.Op(r.Op) // the values are the same: a test holds them together
 	c.FUA, c.NoHole, c.ReqOne = r.FUA, r.NoHole, r.ReqOne
 	c.Offset, c.Length, c.Data = r.Offset, r.Length, r.Data
@@ -225,6 +244,26 @@ func queueCarried(rr *replication.Request, err error) replication.Flusher {
 	return unload(rr, err).Queue(nbdError(err))
 }
 
+// completeDirty completes a block status of a session with dirty-since contexts: now
+// that there is a primary which serves, it says what changed up to here.
+func completeDirty(rr *replication.Request, err error) {
+	c := rr.User.(*carried) //nolint:forcetypeassert // set by the pool
+	if err != nil {
+		completeCarried(rr, err)
+		return
+	}
+	go func() {
+		c.dirty = make([]*bitmap.Bitmap, len(c.s.dirty))
+		for i := range c.dirty {
+			if slices.Contains(c.from.Contexts, uint32(i+1)) {
+				// Not known any more, or not in time: all of it may have changed.
+				c.dirty[i], _ = c.s.dirty[i].update(c.s.d, c.s.vol, changedTime)
+			}
+		}
+		completeCarried(rr, nil)
+	}()
+}
+
 // unload gives the nbd.Request its result, and the carrier back.
 func unload(rr *replication.Request, err error) *nbd.Request {
 	c := rr.User.(*carried) //nolint:forcetypeassert // set by the pool
@@ -232,7 +271,7 @@ func unload(rr *replication.Request, err error) *nbd.Request {
 	if err == nil && r.Op == nbd.OpBlockStatus {
 		c.takeStatus(r)
 	}
-	c.from, c.Data, c.dirty = nil, nil, nil
+	c.from, c.s, c.Data, c.dirty = nil, nil, nil, nil
 	if r.Op != nbd.OpBlockStatus {
 		// The result of a block status points into c until the server has sent
 		// it: that one is left to the garbage collector.
@@ -277,5 +316,17 @@ func nbdError(err error) error {
 			return fmt.Errorf("%w: %w", pair.to, err)
 		}
 	}
+	if errors.Is(err, replication.ErrIO) {
+		return ioError{err} // which says so by itself
+	}
 	return fmt.Errorf("%w: %w", nbd.ErrIO, err)
 }
+
+// ioError is an nbd.ErrIO in replication's words.
+type ioError struct{ error }
+
+// Unwrap returns replication's error.
+func (e ioError) Unwrap() error { return e.error }
+
+// Is makes it an nbd.ErrIO.
+func (ioError) Is(target error) bool { return target == nbd.ErrIO } //nolint:errorlint // that is what Is is for

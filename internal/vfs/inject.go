@@ -223,6 +223,13 @@ func (f *injectFile) SeekHole(off int64) (int64, error) {
 	return f.f.SeekHole(off)
 }
 
+func (f *injectFile) Unwritten(off, n int64) (at, length int64, err error) {
+	if err := f.ask(OpSeek, off, n); err != nil {
+		return 0, 0, err
+	}
+	return f.f.Unwritten(off, n)
+}
+
 func (f *injectFile) Size() (int64, error) {
 	if err := f.ask(OpSize, 0, 0); err != nil {
 		return 0, err

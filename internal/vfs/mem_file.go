@@ -337,6 +337,9 @@ func (f *memFile) zero(off, n int64, punch bool) {
 func (f *memFile) SeekData(off int64) (int64, error) { return f.seek(off, true) }
 func (f *memFile) SeekHole(off int64) (int64, error) { return f.seek(off, false) }
 
+// Unwritten finds nothing: what has room here is data.
+func (f *memFile) Unwritten(int64, int64) (at, length int64, err error) { return 0, 0, nil }
+
 func (f *memFile) seek(off int64, data bool) (int64, error) {
 	if err := f.enter("seek", false); err != nil {
 		return 0, err

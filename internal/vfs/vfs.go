@@ -141,6 +141,10 @@ type File interface {
 	// A file system without holes is all data.
 	SeekData(off int64) (int64, error)
 	SeekHole(off int64) (int64, error)
+	// Unwritten returns the first run in a range that has room but no data, as
+	// Allocate and ZeroRange leave it: SeekHole takes it for a hole. Length 0:
+	// there is none, or the file system does not tell.
+	Unwritten(off, n int64) (at, length int64, err error)
 	// Size returns the size in bytes, of a block device its capacity.
 	Size() (int64, error)
 	Close() error

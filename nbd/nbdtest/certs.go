@@ -1,9 +1,11 @@
 package nbdtest
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -20,9 +22,9 @@ import (
 // libnbd look for: {ca,server,client}-{cert,key}.pem. They are good for a day.
 func WriteCertificates(dir string) error {
 	var ca *x509.Certificate
-	var caKey *ecdsa.PrivateKey
+	var caKey crypto.Signer
 	for _, name := range []string{"ca", "server", "client"} {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		key, err := newKey(name)
 		if err != nil {
 			return fmt.Errorf("nbdtest: %w", err)
 		}
@@ -30,7 +32,7 @@ func WriteCertificates(dir string) error {
 		if name == "ca" {
 			ca, caKey = tmpl, key
 		}
-		der, err := x509.CreateCertificate(rand.Reader, tmpl, ca, &key.PublicKey, caKey)
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, ca, key.Public(), caKey)
 		if err != nil {
 			return fmt.Errorf("nbdtest: %w", err)
 		}
@@ -53,6 +55,15 @@ func WriteCertificates(dir string) error {
 		}
 	}
 	return nil
+}
+
+// newKey makes an elliptic key, but for the client one of RSA, as openssl makes by
+// default, and which not every client sends to every server.
+func newKey(name string) (crypto.Signer, error) {
+	if name == "client" {
+		return rsa.GenerateKey(rand.Reader, 2048)
+	}
+	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }
 
 func certificate(name string) *x509.Certificate {

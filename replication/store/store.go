@@ -201,6 +201,20 @@ func (s *Store) Extents(off, n uint64, fn func(off, n uint64, data bool) error) 
 	return nil
 }
 
+// Unwritten returns the first run within a hole (of Extents) that has room all the
+// same, as Zero without punch leaves it: a write there needs none. n is 0 when there
+// is no such run.
+func (s *Store) Unwritten(off, end uint64) (at, n uint64, err error) {
+	if err := s.check(off, end-off); err != nil {
+		return 0, 0, err
+	}
+	from, length, err := s.file.Unwritten(int64(off), int64(end-off))
+	if err != nil {
+		return 0, 0, fmt.Errorf("store: %w", err)
+	}
+	return uint64(from), uint64(length), nil
+}
+
 // Sync makes all changes that returned before the call durable. A failure is
 // final.
 func (s *Store) Sync() error {
