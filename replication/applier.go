@@ -180,7 +180,8 @@ type applyWork struct {
 }
 
 // round applies the next entries, up to to, and returns the last of them and
-// their bytes: a few when it is calm.
+// their bytes in the log: a few when it is calm. However often they overwrite one
+// another, the log has them all until a checkpoint covers them.
 func (w *applyWork) round(to ident.Seq, calm bool) (ident.Seq, int64, error) {
 	rp := w.rp
 	rp.applyMu.Lock()
@@ -192,12 +193,17 @@ func (w *applyWork) round(to ident.Seq, calm bool) (ident.Seq, int64, error) {
 	}
 	w.plan()
 	began := time.Now()
-	bytes, err := w.write()
-	if err != nil {
+	if err := w.write(); err != nil {
 		return 0, 0, err
 	}
 	rp.v.stages.observe(StageApply, began)
-	last := w.batch[len(w.batch)-1].seq
+	last, bytes := w.batch[len(w.batch)-1].seq, int64(0)
+	for i := range w.batch {
+		bytes += entryMemory // about what its record has besides
+		if e := &w.batch[i]; e.kind == wire.KindData {
+			bytes += int64(e.end - e.off)
+		}
+	}
 	rp.overlay.remove(last)
 	return last, bytes, nil
 }
@@ -293,8 +299,8 @@ func (w *applyWork) cover(off, end uint64, gaps []span) []span {
 
 // write brings the pieces to the backing store: neighbours with data in one
 // call.
-func (w *applyWork) write() (int64, error) {
-	bytes, turn := int64(0), time.Now()
+func (w *applyWork) write() error {
+	turn := time.Now()
 	for i := 0; i < len(w.pieces); {
 		if now := time.Now(); now.Sub(turn) >= applyTurn {
 			turn = now
@@ -303,9 +309,8 @@ func (w *applyWork) write() (int64, error) {
 		p := &w.pieces[i]
 		if p.kind != wire.KindData {
 			if err := w.rp.store.Zero(p.off, p.end-p.off, p.flags&wire.FlagNoHole == 0); err != nil {
-				return 0, fmt.Errorf("zero %d bytes at %d: %w", p.end-p.off, p.off, err)
+				return fmt.Errorf("zero %d bytes at %d: %w", p.end-p.off, p.off, err)
 			}
-			bytes += blockSize
 			i++
 			continue
 		}
@@ -317,9 +322,8 @@ func (w *applyWork) write() (int64, error) {
 			i++
 		}
 		if err := w.rp.store.WritevAt(w.vec, at); err != nil {
-			return 0, fmt.Errorf("write %d bytes at %d: %w", end-at, at, err)
+			return fmt.Errorf("write %d bytes at %d: %w", end-at, at, err)
 		}
-		bytes += int64(end - at)
 	}
-	return bytes, nil
+	return nil
 }

@@ -19,16 +19,22 @@ type checkpointer struct {
 	mu     sync.Mutex
 	wake   chan struct{}
 	most   int64     // bytes applied after which one is made
-	bytes  int64     // applied since the last one
+	bytes  int64     // of the log, applied since the last one
 	since  time.Time // when the first of them were
 	waiter []chan error
 	hurry  bool
 }
 
-// checkpointMax returns how many bytes are applied between two checkpoints of a
-// volume: a log of many times its size would be of no use.
-func (l *Limits) checkpointMax(size uint64) int64 {
-	return min(l.CheckpointMax, int64(max(min(size, math.MaxInt64), checkpointMaxLeast)))
+// checkpointMax returns how many bytes of the log are applied between two checkpoints
+// of a volume of that size. Who lets the log have little room gets them more often,
+// and a log of many times the volume's size would be of no use.
+func (rp *replica) checkpointMax(size uint64) int64 {
+	most := rp.v.opts.Limits.CheckpointMax
+	most = min(most, int64(max(min(size, math.MaxInt64), checkpointMaxLeast)))
+	if r := rp.opt.LogRetention; r != 0 {
+		most = min(most, max(2*r, checkpointMaxLeast))
+	}
+	return most
 }
 
 // limit says that a checkpoint is to be made after so many bytes.

@@ -5,28 +5,41 @@ import (
 	"testing"
 	"time"
 
+	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/replication/core"
 )
 
 // A small volume gets its checkpoints sooner, and a larger one when it has grown.
 func TestCheckpointsOfASmallVolume(t *testing.T) {
-	var l Limits
+	rp := &replica{v: &Volume{}}
+	l := &rp.v.opts.Limits
 	l.setDefaults()
-	for size, want := range map[uint64]int64{
-		1 << 20: 64 << 20, 64 << 20: 64 << 20, 200 << 20: 200 << 20, 1 << 30: 512 << 20, math.MaxUint64: 512 << 20,
+	for _, c := range []struct {
+		size            uint64
+		retention, want int64
+	}{
+		{1 << 20, 0, 64 << 20},
+		{64 << 20, 0, 64 << 20},
+		{200 << 20, 0, 200 << 20},
+		{1 << 30, 0, 512 << 20},
+		{math.MaxUint64, 0, 512 << 20},
+		{1 << 40, 1 << 20, 64 << 20},
+		{1 << 40, 100 << 20, 200 << 20},
+		{1 << 40, 1 << 30, 512 << 20},
 	} {
-		if got := l.checkpointMax(size); got != want {
-			t.Errorf("a volume of %d bytes: a checkpoint after %d, not %d", size, got, want)
+		rp.opt.LogRetention = c.retention
+		if got := rp.checkpointMax(c.size); got != c.want {
+			t.Errorf("a volume of %d bytes that retains %d: a checkpoint after %d, not %d", c.size, c.retention, got, c.want)
 		}
 	}
 	l.CheckpointMax = 4096
-	if got := l.checkpointMax(1 << 30); got != 4096 {
+	if got := rp.checkpointMax(1 << 30); got != 4096 {
 		t.Errorf("a limit of 4096 has become %d", got)
 	}
 
 	v, _ := openLoneWith(t, 1<<20, Options{Replica: &ReplicaOptions{FS: vfs.OS()}})
-	rp := v.rep()
+	rp = v.rep()
 	due := func(bytes int64) bool {
 		rp.checkpointer.mu.Lock()
 		rp.checkpointer.bytes, rp.checkpointer.since = bytes, time.Now()
@@ -46,5 +59,32 @@ func TestCheckpointsOfASmallVolume(t *testing.T) {
 	}
 	if due(100<<20-1) || !due(100<<20) {
 		t.Error("no checkpoint after 100 MiB of a volume that has grown, or one before")
+	}
+}
+
+// TestOverwritesAreCheckpointed: a load that overwrites a few blocks again and again
+// writes little to the backing store and all of it to the log, which is bounded all the
+// same.
+func TestOverwritesAreCheckpointed(t *testing.T) {
+	const block = 64 << 10
+	v, s := openLoneWith(t, 1<<20, Options{
+		Replica: &ReplicaOptions{FS: vfs.OS(), LogSegment: 1 << 20, LogRetention: 1 << 20},
+		Limits:  Limits{CheckpointMax: 4 << 20, UnappliedMax: 4 << 20},
+	})
+	most := int64(0)
+	done := make(chan error, 1) // Complete must not block
+	for range 1024 {            // 64 MiB
+		r := &Request{Op: OpWrite, Length: block, Data: buf.Get(block), Complete: func(r *Request, err error) {
+			r.Data.Release()
+			done <- err
+		}}
+		s.Submit(r)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		most = max(most, v.rep().log.Bytes())
+	}
+	if most > 32<<20 {
+		t.Errorf("the log has grown to %d MiB, with a checkpoint after 4 MiB and 4 MiB that may wait to be applied", most>>20)
 	}
 }

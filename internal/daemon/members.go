@@ -236,8 +236,8 @@ func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node
 // fewer good copies than before. It reports false when no node has room.
 func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.Node) (bool, error) {
 	sv := d.state().Volumes[id]
-	to := joining(sv, from)
-	if to == "" {
+	to := joining(d.state(), sv, from)
+	if to == "" || !d.nodeUp(to) {
 		if to = d.roomFor(sv); to == "" {
 			return false, nil
 		}
@@ -255,15 +255,32 @@ func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.No
 	return err == nil, err
 }
 
-// joining is a replica that is not in sync yet: what a drain that was cut off
-// has added, or one that is on its way back and will do as well.
-func joining(sv *state.Volume, from ident.Node) ident.Node {
+// joining is a replica that was added and has never been in sync: by a drain that was
+// cut off, which goes on with it. One that was a member before and is away or on its
+// way back is none: in its place and from's there would be one copy.
+func joining(st *state.State, sv *state.Volume, from ident.Node) ident.Node {
 	for _, r := range sv.Replicas {
-		if r.Node != from && !sv.InSet(r.Node) && !r.Failed {
+		if r.Node != from && !sv.InSet(r.Node) && !r.Failed && neverInSync(st, sv.Name, r.Node) {
 			return r.Node
 		}
 	}
 	return ""
+}
+
+// neverInSync reports whether the events tell that a replica was added to a volume,
+// and not that it has been in sync since.
+func neverInSync(st *state.State, volume string, node ident.Node) bool {
+	for i := len(st.Events) - 1; i >= 0; i-- {
+		e := &st.Events[i]
+		switch {
+		case e.Volume != volume:
+		case e.Name == "replica-added" && e.Node == node:
+			return true
+		case e.Name == "set-changed" && slices.Contains(strings.Fields(strings.Trim(e.Fields["to"], "[]")), string(node)):
+			return false
+		}
+	}
+	return false
 }
 
 // roomFor is the node, up and without a replica of the volume, that has the
