@@ -36,7 +36,9 @@ func (d *Daemon) runMembership(ctx context.Context) {
 		leader, _ := d.raft.Leader()
 		switch {
 		case was && !member:
-		case leader != "" || !d.raft.Founding().Done:
+		case leader != "" || !d.raft.FoundInfo().Founded:
+			// It has a leader, or has never been reached by one. (One that was removed
+			// right after it had been reached has not always found out that it was in.)
 			since = time.Time{}
 			continue
 		case since.IsZero():
