@@ -21,10 +21,9 @@ const (
 	forwardedMaxDefault = 2 * 64 * 128
 	// checkpointMaxDefault bounds what a restart must replay, some seconds' work.
 	// The longer it takes, the more blocks are overwritten in the page cache and
-	// written to the disk once. Twice what the log retains anyway, and the size of
-	// the volume at the most.
+	// written to the disk once. Twice what the log retains anyway.
 	checkpointMaxDefault = 512 << 20
-	checkpointMaxLeast   = 64 << 20 // with a log_retention or a size below it
+	checkpointMaxLeast   = 64 << 20 // with a log_retention below it
 	checkpointAgeDefault = 30 * time.Second
 	// checkpointYield is how long a checkpoint leaves the disk alone when a
 	// FLUSH waits, before each group of blocks that it writes out.
