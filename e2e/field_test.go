@@ -3,6 +3,7 @@ package e2e
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +28,14 @@ func TestResyncInterrupted(t *testing.T) {
 	for round := range uint64(2) { // far more than the log keeps once a checkpoint is made
 		c.writeBlocks(d, 1+round, 8<<20, 48<<20)
 	}
+	written := time.Now()
+	eventually(t, 60*time.Second, source.name+" has made a checkpoint", func() bool {
+		files, err := filepath.Glob(filepath.Join(source.dataDir, "volumes", "*", "checkpoint.*"))
+		return err == nil && slices.ContainsFunc(files, func(name string) bool {
+			st, err := os.Stat(name)
+			return err == nil && st.ModTime().After(written)
+		})
+	})
 	eventually(t, 20*time.Second, target.name+" left the in-sync set", func() bool {
 		return len(third.status("db").InSync) == 2
 	})
