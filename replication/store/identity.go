@@ -35,14 +35,12 @@ func (e *ForeignError) Error() string {
 }
 
 // IdentityOf asks the kernel about the block device at path.
-func IdentityOf(path string) Identity { return identityIn("/sys", path) }
-
-func identityIn(sys, path string) Identity {
+func IdentityOf(path string) Identity {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return nil
 	}
-	return identityOf(sys, fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
+	return identityOf("/sys", fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
 }
 
 // identityOf reads the attributes of a device (MAJOR:MINOR) below sys. Those of a
