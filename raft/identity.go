@@ -155,27 +155,8 @@ func writeIdentity(fsys vfs.FS, dir string, id *identity) error {
 	if err != nil {
 		return fmt.Errorf("encode identity: %w", err)
 	}
-	path, temp := filepath.Join(dir, identityFile), filepath.Join(dir, identityFile+".new")
-	if err := fsys.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("write identity: %w", err)
-	}
-	f, err := fsys.Open(temp, vfs.Create|vfs.Exclusive)
-	if err != nil {
-		return fmt.Errorf("write identity: %w", err)
-	}
-	_, err = f.WriteAt(append(b, '\n'), 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = fsys.Rename(temp, path)
-	}
-	if err == nil {
-		err = fsys.SyncDir(dir)
-	}
+	path := filepath.Join(dir, identityFile)
+	err = vfs.ReplaceFile(fsys, path, append(b, '\n'))
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}

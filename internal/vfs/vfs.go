@@ -68,6 +68,32 @@ type FS interface {
 	Lock(path string) (Unlocker, error)
 }
 
+// ReplaceFile makes a file hold b, durably: after a crash it holds that or what it
+// held before. It writes beside it, to path.new, and renames.
+func ReplaceFile(fsys FS, path string, b []byte) error {
+	next := path + ".new"
+	if err := fsys.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := fsys.Open(next, Create|Exclusive)
+	if err != nil {
+		return err
+	}
+	if len(b) > 0 {
+		_, err = f.WriteAt(b, 0)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := fsys.Rename(next, path); err != nil {
+		return err
+	}
+	return fsys.SyncDir(filepath.Dir(path))
+}
+
 // MakeDir makes a directory and those above it that are missing, all durably:
 // it syncs the parent of each new entry. What a crash has left half way may
 // be made again.

@@ -144,28 +144,10 @@ func readIdentity(fsys vfs.FS, file string) (Identity, error) {
 	return id, nil
 }
 
-// writeIdentity writes beside the file and renames: it is whole or not there.
 func writeIdentity(fsys vfs.FS, file string, id Identity) error {
-	next := file + ".new"
-	if err := fsys.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := fsys.Open(next, vfs.Create)
-	if err != nil {
-		return err
-	}
 	text := ""
 	for _, line := range id {
 		text += line + "\n"
 	}
-	if text != "" {
-		_, err = f.WriteAt([]byte(text), 0)
-	}
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := fsys.Rename(next, file); err != nil {
-		return err
-	}
-	return fsys.SyncDir(filepath.Dir(file))
+	return vfs.ReplaceFile(fsys, file, []byte(text))
 }
