@@ -117,7 +117,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 				return
 			}
 			last := list[len(list)-1].ID
-			rp.checkpointer.note(blockSize, &rp.v.opts.Limits)
+			rp.checkpointer.note(blockSize)
 			rp.in.push(input{kind: inCall, call: func(now core.Instant) { rp.core.BlocksWritten(now, last) }})
 		}
 		to, applied := rp.applier.target()
@@ -150,7 +150,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 			return
 		}
 		rp.applier.advance(seq)
-		rp.checkpointer.note(bytes, &rp.v.opts.Limits)
+		rp.checkpointer.note(bytes)
 		rp.in.pushQuiet(input{kind: inApplied, seq: seq, id: gen})
 		rp.turn(false)
 		if calm {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -17,10 +18,30 @@ import (
 type checkpointer struct {
 	mu     sync.Mutex
 	wake   chan struct{}
+	most   int64     // bytes applied after which one is made
 	bytes  int64     // of the log, applied since the last one
 	since  time.Time // when the first of them were
 	waiter []chan error
 	hurry  bool
+}
+
+// checkpointMax returns how many bytes of the log are applied between two checkpoints
+// of a volume of that size. Who lets the log have little room gets them more often,
+// and a log of many times the volume's size would be of no use.
+func (rp *replica) checkpointMax(size uint64) int64 {
+	most := rp.v.opts.Limits.CheckpointMax
+	most = min(most, int64(max(min(size, math.MaxInt64), checkpointMaxLeast)))
+	if r := rp.opt.LogRetention; r != 0 {
+		most = min(most, max(2*r, checkpointMaxLeast))
+	}
+	return most
+}
+
+// limit says that a checkpoint is to be made after so many bytes.
+func (c *checkpointer) limit(most int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.most = most
 }
 
 // now asks for a checkpoint without delay.
@@ -34,7 +55,7 @@ func (c *checkpointer) now() {
 // note says that bytes have been applied. It wakes the checkpointer for the
 // first of them, whose age it watches, and when they have become too many: to
 // wake it for each round of the applier is a thread's work.
-func (c *checkpointer) note(bytes int64, l *Limits) {
+func (c *checkpointer) note(bytes int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.bytes
@@ -42,7 +63,7 @@ func (c *checkpointer) note(bytes int64, l *Limits) {
 		c.since = time.Now()
 	}
 	c.bytes += bytes + 1 // a marker changes the applied position too
-	if before == 0 || before < l.CheckpointMax && c.bytes >= l.CheckpointMax {
+	if before == 0 || before < c.most && c.bytes >= c.most {
 		signal(c.wake)
 	}
 }
@@ -56,7 +77,7 @@ func (c *checkpointer) due(l *Limits) (bool, []chan error, time.Duration) {
 	if c.bytes > 0 {
 		left = l.CheckpointAge - time.Since(c.since)
 	}
-	if len(c.waiter) == 0 && !c.hurry && c.bytes < l.CheckpointMax && left > 0 {
+	if len(c.waiter) == 0 && !c.hurry && c.bytes < c.most && left > 0 {
 		return false, nil, left
 	}
 	waiter := c.waiter

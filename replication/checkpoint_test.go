@@ -1,11 +1,66 @@
 package replication
 
 import (
+	"math"
 	"testing"
+	"time"
 
 	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/vfs"
+	"github.com/blockstep/blockstep/replication/core"
 )
+
+// A small volume gets its checkpoints sooner, and a larger one when it has grown.
+func TestCheckpointsOfASmallVolume(t *testing.T) {
+	rp := &replica{v: &Volume{}}
+	l := &rp.v.opts.Limits
+	l.setDefaults()
+	for _, c := range []struct {
+		size            uint64
+		retention, want int64
+	}{
+		{1 << 20, 0, 64 << 20},
+		{64 << 20, 0, 64 << 20},
+		{200 << 20, 0, 200 << 20},
+		{1 << 30, 0, 512 << 20},
+		{math.MaxUint64, 0, 512 << 20},
+		{1 << 40, 1 << 20, 64 << 20},
+		{1 << 40, 100 << 20, 200 << 20},
+		{1 << 40, 1 << 30, 512 << 20},
+	} {
+		rp.opt.LogRetention = c.retention
+		if got := rp.checkpointMax(c.size); got != c.want {
+			t.Errorf("a volume of %d bytes that retains %d: a checkpoint after %d, not %d", c.size, c.retention, got, c.want)
+		}
+	}
+	l.CheckpointMax = 4096
+	if got := rp.checkpointMax(1 << 30); got != 4096 {
+		t.Errorf("a limit of 4096 has become %d", got)
+	}
+
+	v, _ := openLoneWith(t, 1<<20, Options{Replica: &ReplicaOptions{FS: vfs.OS()}})
+	rp = v.rep()
+	due := func(bytes int64) bool {
+		rp.checkpointer.mu.Lock()
+		rp.checkpointer.bytes, rp.checkpointer.since = bytes, time.Now()
+		rp.checkpointer.mu.Unlock()
+		now, _, _ := rp.checkpointer.due(&v.opts.Limits)
+		return now
+	}
+	if due(64<<20-1) || !due(64<<20) {
+		t.Error("no checkpoint after 64 MiB, or one before")
+	}
+	if err := rp.call(t.Context(), func(core.Instant) {
+		if err := rp.grow(100 << 20); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if due(100<<20-1) || !due(100<<20) {
+		t.Error("no checkpoint after 100 MiB of a volume that has grown, or one before")
+	}
+}
 
 // TestOverwritesAreCheckpointed: a load that overwrites a few blocks again and again
 // writes little to the backing store and all of it to the log, which is bounded all the

@@ -21,10 +21,15 @@ const (
 	forwardedMaxDefault = 2 * 64 * 128
 	// checkpointMaxDefault bounds what a restart must replay, some seconds' work.
 	// The longer it takes, the more blocks are overwritten in the page cache and
-	// written to the disk once. Twice what the log retains anyway.
+	// written to the disk once. Twice what the log retains anyway, and the size of
+	// the volume at the most.
 	checkpointMaxDefault = 512 << 20
-	checkpointMaxLeast   = 64 << 20 // with a log_retention below it
+	checkpointMaxLeast   = 64 << 20 // with a log_retention or a size below it
 	checkpointAgeDefault = 30 * time.Second
+	// trimLagMax is for how many bytes of log the trim horizon waits for a member of
+	// the in-sync set to be evicted, when log_retention is small: what is written in
+	// the time that this takes. Else it would have to copy what its log holds.
+	trimLagMax = 128 << 20
 	// checkpointYield is how long a checkpoint leaves the disk alone when a
 	// FLUSH waits, before each group of blocks that it writes out.
 	checkpointYield = 2 * time.Millisecond

@@ -331,6 +331,7 @@ func (rp *replica) grow(size uint64) error {
 		return fmt.Errorf("grow the backing store to %d bytes: %w", size, err)
 	}
 	rp.meta.Size = size
+	rp.checkpointer.limit(rp.checkpointMax(size))
 	return rp.writeMeta()
 }
 

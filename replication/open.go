@@ -46,6 +46,7 @@ func openReplica(v *Volume, ro ReplicaOptions) (_ *replica, err error) {
 	if err := rp.openMeta(); err != nil {
 		return nil, err
 	}
+	rp.checkpointer.limit(rp.checkpointMax(rp.meta.Size))
 	if err := rp.openStore(); err != nil {
 		return nil, err
 	}
@@ -201,7 +202,7 @@ func (rp *replica) openLog(applied ident.Position, target bool) (*wal.Log, wal.R
 	// What a checkpoint covers, and what is written while it is made: with fewer, a
 	// load that goes on would have files removed and made anew, of memory and blocks
 	// that are new, which cost two to four times the CPU time.
-	spare := rp.v.opts.Limits.CheckpointMax * 3 / 2
+	spare := rp.checkpointMax(rp.meta.Size) * 3 / 2
 	o := wal.Options{
 		Volume: rp.v.opts.Volume, Replica: rp.id, RetentionBytes: rp.opt.LogRetention, SegmentBytes: rp.opt.LogSegment,
 		SpareBytes: spare, DurableFloor: applied.Seq, VerifyAfter: applied.Seq,
@@ -251,7 +252,7 @@ func (rp *replica) coreConfig() core.Config {
 		Heartbeat: int64(o.Heartbeat), LeaseFor: int64(o.LeaseFor), LeaseMax: rp.meta.LeaseMaxNanos,
 		DriftPPM: o.DriftPPM, StallTimeout: int64(o.StallTimeout), RetryAfter: int64(o.RetryAfter),
 		WindowBytes: l.window(), RingBytes: l.ring(), AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,
-		UnappliedMax: l.UnappliedMax, UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax, LagMax: o.LagMax,
+		UnappliedMax: l.UnappliedMax, UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax, LagMax: o.LagMax, TrimLagMax: trimLagMax,
 		ResyncMax: o.ResyncMax, ResyncMin: o.ResyncMin, ResyncChunk: o.ResyncChunk,
 	}
 }

@@ -81,10 +81,6 @@ type StorageStatus struct {
 // files turn out to be corrupt, is no error: the volume then serves clients by
 // the others, Status says why, and the cluster is told.
 func Open(_ context.Context, o Options) (*Volume, error) {
-	if o.Limits.CheckpointMax == 0 && o.Replica != nil && o.Replica.LogRetention != 0 {
-		// Who lets the log have little room gets checkpoints more often.
-		o.Limits.CheckpointMax = min(max(2*o.Replica.LogRetention, checkpointMaxLeast), checkpointMaxDefault)
-	}
 	o.Limits.setDefaults()
 	v := &Volume{
 		opts: o, clock: o.Clock, alive: o.Alive, logger: o.Logger,

@@ -220,7 +220,7 @@ func TestChangesKnowWhatChanged(t *testing.T) {
 				name := fmt.Sprint(rapid.IntRange(0, 2).Draw(t, "name"))
 				if op == "pin" {
 					pins[name] = rapid.Uint64Range(floor, seq).Draw(t, "at")
-					c.Pin(name, pins[name])
+					c.Pin(name, pins[name], rapid.Uint64Range(pins[name], seq).Draw(t, "to"))
 				} else {
 					delete(pins, name)
 					c.Unpin(name)
@@ -273,7 +273,7 @@ func FuzzUnmarshalChanges(f *testing.F) {
 	for i := range uint64(20) {
 		c.Mark(6+i, i<<20, 200<<10)
 	}
-	c.Pin("gamma", 12)
+	c.Pin("gamma", 12, 15)
 	enc, err := c.Marshal()
 	if err != nil {
 		f.Fatal(err)

@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 )
 
 const (
@@ -14,6 +16,8 @@ const (
 	// segmentsMax bounds the segments; beyond it the oldest are merged even
 	// where somebody may want to tell them apart.
 	segmentsMax = 4096
+	// pinBorders is how many segments of what one pin spans are told apart.
+	pinBorders = 1024
 )
 
 // Changes records which blocks changed after which seq, as far back as it was
@@ -24,9 +28,14 @@ const (
 // merged except where a pin asks for the border.
 type Changes struct {
 	segs []segment
-	// pins are the seqs that absent replicas will ask for.
-	pins map[string]uint64
+	// pins are the seqs that absent replicas will ask for: one in each span.
+	pins map[string]span
+	// merged is the horizon of the last Merge.
+	merged uint64
 }
+
+// span is a run of seqs, both ends included.
+type span struct{ from, to uint64 }
 
 type segment struct {
 	after uint64 // it covers the seqs above after, to the next segment's after
@@ -36,7 +45,7 @@ type segment struct {
 
 // NewChanges begins a record that knows everything after the seq.
 func NewChanges(after uint64) *Changes {
-	return &Changes{segs: []segment{{after: after, bits: New()}}, pins: map[string]uint64{}}
+	return &Changes{segs: []segment{{after: after, bits: New()}}, pins: map[string]span{}}
 }
 
 // Floor returns the seq after which everything is known.
@@ -70,8 +79,11 @@ func (c *Changes) Since(seq uint64) (b *Bitmap, ok bool) {
 	return b, true
 }
 
-// Pin keeps the border at seq for the named replica.
-func (c *Changes) Pin(name string, seq uint64) { c.pins[name] = seq }
+// Pin keeps the borders from one seq to another, both included, for the named
+// replica: the log that it holds ends at one of them.
+func (c *Changes) Pin(name string, from, to uint64) {
+	c.pins[name] = span{from: from, to: max(from, to)}
+}
 
 // Unpin ends a Pin.
 func (c *Changes) Unpin(name string) { delete(c.pins, name) }
@@ -81,22 +93,24 @@ func (c *Changes) Pinned(name string) bool { _, ok := c.pins[name]; return ok }
 
 // Merge joins segments that nobody will ask to tell apart: those that begin at
 // or below the horizon, unless the answer for a pin, or for the horizon itself,
-// begins there: a replica whose log ends at the horizon may yet go away.
+// begins there: a replica whose log ends at the horizon may yet go away. Of what
+// a pin spans at most pinBorders borders are kept.
 func (c *Changes) Merge(horizon uint64) {
-	if len(c.segs) < 3 {
+	if len(c.segs) < 3 || horizon == c.merged && len(c.segs) <= segmentsMax {
 		return
 	}
-	keep := map[int]bool{}
-	border := func(seq uint64) {
-		i, exact := slices.BinarySearchFunc(c.segs, seq, cmpAfter)
-		if !exact {
-			i--
+	c.merged = horizon
+	keep := make([]bool, len(c.segs))
+	border := func(s span) {
+		first, last := c.holds(s.from), c.holds(s.to)
+		step := (last-first)/pinBorders + 1
+		for i := first; i <= last; i += step {
+			keep[i] = true
 		}
-		keep[i] = true
 	}
-	border(horizon)
-	for _, seq := range c.pins {
-		border(seq)
+	border(span{from: horizon, to: horizon})
+	for _, s := range c.pins {
+		border(s)
 	}
 	over := len(c.segs) - segmentsMax
 	out := c.segs[:1]
@@ -114,6 +128,15 @@ func (c *Changes) Merge(horizon uint64) {
 	c.segs = out
 }
 
+// holds returns the segment in which the answer for seq begins, 0 if none does.
+func (c *Changes) holds(seq uint64) int {
+	i, exact := slices.BinarySearchFunc(c.segs, seq, cmpAfter)
+	if !exact {
+		i--
+	}
+	return max(i, 0)
+}
+
 func cmpAfter(s segment, seq uint64) int { return cmp.Compare(s.after, seq) }
 
 // Segments returns how many segments there are, for tests and metrics.
@@ -124,6 +147,9 @@ func (c *Changes) Segments() int { return len(c.segs) }
 // is decoded to may say of more blocks that they changed.
 //
 //	u32 segments { u64 after, u32 n, n bytes of bitmap } u32 pins { u16 n, n bytes of name, u64 seq }
+//
+// The end of a pin's span is a pin of its own, its name the pin's and a zero byte:
+// a version that knows no spans keeps two borders then.
 func (c *Changes) Marshal() ([]byte, error) { return c.marshal(MarshalMax) }
 
 func (c *Changes) marshal(limit int) ([]byte, error) {
@@ -151,18 +177,22 @@ func (c *Changes) marshal(limit int) ([]byte, error) {
 		p = binary.LittleEndian.AppendUint32(p, uint32(len(bits[i])))
 		p = append(p, bits[i]...)
 	}
-	p = binary.LittleEndian.AppendUint32(p, uint32(len(c.pins)))
-	names := make([]string, 0, len(c.pins))
-	for n := range c.pins {
-		names = append(names, n)
-	}
-	slices.Sort(names)
+	names := slices.Sorted(maps.Keys(c.pins))
+	p = binary.LittleEndian.AppendUint32(p, 2*uint32(len(names)))
 	for _, n := range names {
-		p = binary.LittleEndian.AppendUint16(p, uint16(len(n)))
-		p = append(p, n...)
-		p = binary.LittleEndian.AppendUint64(p, c.pins[n])
+		p = appendPin(p, n, c.pins[n].from)
+		p = appendPin(p, n+pinEnd, c.pins[n].to)
 	}
 	return p, nil
+}
+
+// pinEnd is what the name of a span's end has beside the pin's.
+const pinEnd = "\x00"
+
+func appendPin(p []byte, name string, seq uint64) []byte {
+	p = binary.LittleEndian.AppendUint16(p, uint16(len(name)))
+	p = append(p, name...)
+	return binary.LittleEndian.AppendUint64(p, seq)
 }
 
 // segmentOverhead is what an encoded segment takes beside its bitmap, in bytes.
@@ -187,7 +217,7 @@ func UnmarshalChanges(p []byte) (*Changes, error) {
 	if n == 0 || n > 2*segmentsMax {
 		return nil, fmt.Errorf("%w: %d segments", ErrCorrupt, n)
 	}
-	c := &Changes{pins: map[string]uint64{}}
+	c := &Changes{pins: map[string]span{}}
 	for range n {
 		after := d.u64()
 		bits, err := Unmarshal(d.bytes(int(d.u32())))
@@ -200,12 +230,17 @@ func UnmarshalChanges(p []byte) (*Changes, error) {
 		c.segs = append(c.segs, segment{after: after, bits: bits, bytes: bits.Bytes()})
 	}
 	for range d.u32() {
-		name := string(d.bytes(int(d.u16())))
-		if seq := d.u64(); !d.short {
-			c.pins[name] = seq
-		}
+		name, end := strings.CutSuffix(string(d.bytes(int(d.u16()))), pinEnd)
+		seq := d.u64()
 		if d.short {
 			break
+		}
+		begun, ok := c.pins[name]
+		switch {
+		case !end:
+			c.pins[name] = span{from: seq, to: seq}
+		case ok:
+			c.pins[name] = span{from: begun.from, to: max(begun.from, seq)}
 		}
 	}
 	if d.short || len(d.p) != 0 {

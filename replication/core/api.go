@@ -32,6 +32,7 @@ type Config struct {
 	UnappliedEntries int   // entries that are not applied, each of which takes some memory: likewise; 0: no bound
 	DedupMax         int   // (session, request) pairs that are remembered
 	LagMax           int64 // bytes of log beyond which a lagging replica is evicted
+	TrimLagMax       int64 // bytes of log beyond which the trim horizon waits for one no more; 0: twice LagMax
 
 	ResyncMax   int64 // bytes per second that a resync may move; 0: no ceiling
 	ResyncMin   int64 // bytes per second that it may move while clients are busy; 0: it does not yield

@@ -365,12 +365,12 @@ func (c *Core) View(now Instant, v View) {
 		c.stepDown("a newer epoch is in the cluster state")
 	}
 	for _, m := range v.Members {
-		// Who is not in the set will ask what changed since it left; while it
-		// was in, the trim horizon waited for it.
+		// Who is not in the set will ask what changed since its log ended; while
+		// it was in, the trim horizon waited for it.
 		if slices.Contains(v.Set, m.Node) {
 			c.changes.Unpin(string(m.Node))
 		} else if !c.changes.Pinned(string(m.Node)) {
-			c.changes.Pin(string(m.Node), uint64(c.trim))
+			c.changes.Pin(string(m.Node), uint64(c.trim), uint64(c.last.Seq))
 		}
 		if m.Node == c.cfg.Node && m.Failed && m.Replica == c.cfg.Replica && c.failed == "" {
 			c.Failed(now, "the cluster state says that this replica failed")

@@ -560,10 +560,11 @@ func (c *Core) progressDrain() {
 // move past a member that has not reported in this epoch.
 func (c *Core) moveTrim() {
 	to := c.checkpoint
+	most := max(c.cfg.TrimLagMax, 2*c.cfg.LagMax)
 	for _, pr := range c.p.peers {
 		// A member that lags is about to be evicted; until then the horizon
-		// waits for it, to twice the limit.
-		within := c.cfg.LagMax <= 0 || c.lagBytes(max(pr.matched, pr.floor)) <= 2*c.cfg.LagMax
+		// waits for it, to a limit.
+		within := c.cfg.LagMax <= 0 || c.lagBytes(max(pr.matched, pr.floor)) <= most
 		if (c.inSet(pr.node) || (pr.state == peerStream && c.heard(pr))) && within {
 			to = min(to, max(pr.durable, c.trim))
 		}
