@@ -188,6 +188,7 @@ func (w *applyWork) round(to ident.Seq, calm bool) (ident.Seq, int64, error) {
 	defer rp.applyMu.Unlock()
 	w.batch = rp.overlay.begin(to, calm, w.batch[:0])
 	defer w.release()
+	defer rp.disk.apply.Store(0)
 	if err := w.load(); err != nil {
 		return 0, 0, err
 	}
@@ -231,6 +232,7 @@ func (w *applyWork) load() error {
 		}
 		b := buf.Get(int(e.end - e.off))
 		w.loaded = append(w.loaded, b)
+		w.rp.disk.apply.Store(int64(w.rp.clock.Boot()))
 		if err := w.rp.log.ReadPayload(e.seq, 0, b.B); err != nil {
 			return fmt.Errorf("read entry %d of the log: %w", e.seq, err)
 		}
@@ -306,6 +308,7 @@ func (w *applyWork) write() error {
 			turn = now
 			yield.Turn()
 		}
+		w.rp.disk.apply.Store(int64(w.rp.clock.Boot()))
 		p := &w.pieces[i]
 		if p.kind != wire.KindData {
 			if err := w.rp.store.Zero(p.off, p.end-p.off, p.flags&wire.FlagNoHole == 0); err != nil {

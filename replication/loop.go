@@ -93,6 +93,7 @@ func (rp *replica) step(rounds int, flushes bool) {
 			rp.nextTick = now + core.Instant(rp.tickEvery())
 			rp.nextTick -= rp.nextTick % core.Instant(rp.tickEvery())
 			rp.core.DiskRead(rp.readers.oldest())
+			rp.core.DiskApply(core.Instant(rp.disk.apply.Load()))
 			rp.core.Tick(now)
 			rp.tickBarriers(now)
 			if now >= rp.nextStatus {

@@ -150,7 +150,7 @@ func (rp *replica) openFiles() (core.Start, error) {
 	if err := fromCheckpoint(&cp, &start); err != nil {
 		return start, err
 	}
-	target := start.Remaining != nil && !start.Remaining.Empty()
+	target := start.Remaining != nil // also if nothing remains: see reset
 	log, rec, err := rp.openLog(cp.Applied, target)
 	if err != nil {
 		return start, err

@@ -10,7 +10,9 @@ import (
 
 	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/replication/bitmap"
 	"github.com/blockstep/blockstep/replication/core"
+	"github.com/blockstep/blockstep/replication/store"
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
@@ -42,7 +44,16 @@ func (rp *replica) reset(s *core.Snapshot) error {
 	rp.checkpointMu.Lock()
 	defer rp.checkpointMu.Unlock()
 	rp.resets.Add(1)
-	if err := rp.writeCheckpoint(toCheckpoint(s)); err != nil {
+	cp := toCheckpoint(s)
+	if len(s.Remaining) == 0 {
+		// It says all the same that a log which ends before it is not corrupt.
+		none, err := bitmap.New().Marshal()
+		if err != nil {
+			return err
+		}
+		cp.Bitmaps = append(cp.Bitmaps, store.Bitmap{Node: bitmapRemaining, Data: none})
+	}
+	if err := rp.writeCheckpoint(cp); err != nil {
 		return err
 	}
 	at := s.Applied.Seq

@@ -12,9 +12,10 @@ import (
 // diskWatch knows which operations of the own disk are out, and since when: a
 // disk that hangs returns no error. Each field is an instant, 0 for none.
 type diskWatch struct {
-	loop atomic.Int64 // appending, cutting, the meta: the loop stands meanwhile
-	sync atomic.Int64 // the fsync of the log
-	said atomic.Pointer[string]
+	loop  atomic.Int64 // appending, cutting, the meta: the loop stands meanwhile
+	sync  atomic.Int64 // the fsync of the log
+	apply atomic.Int64 // one write of the backing store, or one read of the log for it
+	said  atomic.Pointer[string]
 }
 
 // oldest returns the operation that has been out for longest; "" when there is
@@ -28,6 +29,7 @@ func (rp *replica) oldest() (what string, since core.Instant) {
 	}
 	see("a write of the log", core.Instant(rp.disk.loop.Load()))
 	see("an fsync of the log", core.Instant(rp.disk.sync.Load()))
+	see("a write of the backing store", core.Instant(rp.disk.apply.Load()))
 	see("a read of the backing store", rp.readers.oldest())
 	return what, since
 }

@@ -98,6 +98,13 @@ func TestMetrics(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	alpha.eventually(10*time.Second, "an apply", func(context.Context) error {
+		_, text := alpha.scrape("/metrics") // it lets entries gather
+		if value(t, parse(text), "blockstep_stage_seconds_count", map[string]string{"volume": "db", "stage": "apply"}) == "0" {
+			return errors.New("none was measured")
+		}
+		return nil
+	})
 	d := alpha.daemon.Load()
 	if err := d.volume(d.state().Volume("db").ID).driver.Checkpoint(t.Context()); err != nil {
 		t.Fatal(err)

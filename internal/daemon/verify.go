@@ -46,6 +46,8 @@ type verifier struct {
 	sessions []*replication.Session
 	size     uint64
 	found    []control.VerifyExtent
+	// undecided: somewhere no majority agrees.
+	undecided bool
 }
 
 // Verify implements control.Backend. Chunk by chunk it reads what each replica
@@ -304,6 +306,7 @@ func (vr *verifier) differs(sv *state.Volume, off uint64, data []*buf.Buf) {
 			continue
 		}
 		if 2*votes <= len(data) {
+			vr.undecided = true
 			best = max(slices.Index(vr.nodes, sv.Primary), 0)
 		}
 		for i := range data {
@@ -328,9 +331,9 @@ func (vr *verifier) note(n ident.Node, off, length uint64) {
 // repair has the replicas that differ copy the ranges anew. A primary that
 // differs hands over first, to one that does not.
 func (vr *verifier) repair(ctx context.Context) error {
-	if len(vr.nodes) < 3 {
-		return control.Errorf(control.CodeRefused, "find out which one is right, then: blockstep invalidate VOLUME --node the other",
-			"two replicas differ in %d ranges, and there is no majority to tell which is right", len(vr.found))
+	if vr.undecided {
+		return control.Errorf(control.CodeRefused, "find out which one is right, then: blockstep invalidate VOLUME --node another, one after the other",
+			"%d replicas differ in %d ranges, and there is no majority to tell which is right", len(vr.nodes), len(vr.found))
 	}
 	bad := map[ident.Node]bool{}
 	for _, f := range vr.found {

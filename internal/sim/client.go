@@ -456,7 +456,7 @@ func (s *Sim) readEnd(n *node, id uint64) {
 	if r == nil || !r.busy {
 		return
 	}
-	if wait := n.disk.hungTo - s.now; wait > 0 {
+	if wait := n.disk.storeHangs(s.now); wait > 0 {
 		s.at(wait, event{kind: evRead, node: n.i, gen: n.gen, x: id})
 		return
 	}

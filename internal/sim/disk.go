@@ -21,6 +21,8 @@ type disk struct {
 	failed bool
 	slowTo int64 // fsyncs that begin before then take long
 	hungTo int64 // nothing returns before then
+	// storeHungTo is the same for the backing store, on a device of its own.
+	storeHungTo int64
 }
 
 // metaFile is always written and fsynced as one.

@@ -47,11 +47,15 @@ func (s *Sim) applyStep(n *node) {
 		s.put(n, input{kind: inFailed}) // as any write that fails
 		return
 	}
-	if wait := n.disk.hungTo - s.now; wait > 0 {
+	if wait := n.disk.storeHangs(s.now); wait > 0 {
 		n.apply.on = true
+		if n.apply.since == 0 {
+			n.apply.since = s.clock(n)
+		}
 		s.at(wait, event{kind: evApply, node: n.i, gen: n.gen})
 		return
 	}
+	n.apply.since = 0
 	s.writeBlocks(n)
 	for k := 1 + s.rng.IntN(8); k > 0 && n.apply.done < n.apply.to; k-- {
 		e := n.disk.log.at(n.apply.done + 1)
@@ -71,6 +75,9 @@ func (s *Sim) applyStep(n *node) {
 		s.at(s.delay(20*us, 2*ms), event{kind: evApply, node: n.i, gen: n.gen})
 	}
 }
+
+// storeHangs returns how long the backing store does not return yet.
+func (d *disk) storeHangs(now int64) int64 { return max(d.hungTo, d.storeHungTo) - now }
 
 // blocksOf yields the blocks that an entry writes.
 func (s *Sim) blocksOf(e *wire.Entry) func(func(int) bool) {
@@ -98,6 +105,10 @@ func (s *Sim) checkpoint(n *node, phase uint64) {
 		s.at(s.delay(50*ms, 800*ms), again)
 		s.beginCheckpoint(n)
 	case 1: // the store's fsync has returned
+		if wait := n.disk.storeHungTo - s.now; wait > 0 {
+			s.at(wait, again)
+			return
+		}
 		if n.ckpt.cuts == uint32(n.resets) {
 			n.disk.store.synced(n.ckpt.dirty)
 		}

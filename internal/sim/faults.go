@@ -109,7 +109,12 @@ func (s *Sim) Inject(f Fault, i int) {
 	case FaultSlow:
 		n.disk.slowTo = s.now + s.delay(100*ms, 3*s1)
 	case FaultHang:
-		n.disk.hungTo = s.now + s.delay(50*ms, 3*s1)
+		to := s.now + s.delay(50*ms, 3*s1)
+		if s.chance(0.3) {
+			n.disk.storeHungTo = to
+		} else {
+			n.disk.hungTo = to
+		}
 	case FaultSwitchover:
 		if c := s.ctl[0]; c != nil {
 			c.want, c.drain = true, true
@@ -130,7 +135,12 @@ func (s *Sim) Inject(f Fault, i int) {
 	case FaultSplit:
 		s.split()
 	case FaultLongHang:
-		n.disk.hungTo = s.now + s.delay(s1, 10*s1)
+		to := s.now + s.delay(s1, 10*s1)
+		if s.chance(0.3) {
+			n.disk.storeHungTo = to
+		} else {
+			n.disk.hungTo = to
+		}
 	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultRate, FaultEcho, faultKinds:
 	}
 }
@@ -230,7 +240,7 @@ func (s *Sim) heal() {
 		s.ctl[0].sendTo, s.ctl[0].behind, s.ctl[0].force = nil, 0, false
 	}
 	for _, n := range s.nodes {
-		n.disk.slowTo, n.disk.hungTo, n.crashIn = 0, 0, 0
+		n.disk.slowTo, n.disk.hungTo, n.disk.storeHungTo, n.crashIn = 0, 0, 0, 0
 		s.cont(n)
 		s.unblock(n.i, -1)
 		if !n.up {

@@ -291,6 +291,50 @@ var fieldScenarios = []scenario{
 		s.Write(q, 3)
 		s.Converge(0, 1, 2)
 	}},
+	{"backing-store-that-hangs-hands-over", Options{}, func(s *Sim) {
+		// Its log, on another disk, goes on: it leads until so much is not applied
+		// that writes wait for it.
+		p := s.AwaitPrimary()
+		q := (p + 1) % 3
+		s.Write(q, 5)
+		s.RunFor(500 * ms)
+		s.HangStore(p, 60*s1)
+		for i := range 400 {
+			s.Ask(q, opWrite, i%s.opt.Blocks, 1)
+		}
+		s.Await(10*s1, "another primary", func() bool { k := s.Primary(); return k >= 0 && k != p })
+		s.Write(q, 5)
+		s.Flush(q)
+		s.RunFor(60 * s1)
+		s.Write(q, 3)
+		s.Converge(0, 1, 2)
+	}},
+	{"eviction-begun-holds-the-others-up", Options{MinCopies: 2}, func(s *Sim) {
+		// c lags, and a set without it is begun; b, whose fsync it waits for, dies.
+		// c catches up: a and c are a majority of the set in force.
+		p := s.AwaitPrimary()
+		b, c := (p+1)%3, (p+2)%3
+		s.Write(p, 5)
+		s.HangDisk(b, 3*s1)
+		s.RunFor(10 * ms)
+		s.drop = func(_, to int, m wire.Message) bool { return to == c && isAppend(m) }
+		for i := range 150 {
+			s.Do(p, opWrite, i%16, 1)
+		}
+		for i := range 100 {
+			s.Ask(p, opWrite, i%16, 1)
+		}
+		s.RunFor(200 * ms)
+		if len(s.Set()) != 3 {
+			s.Fail("the set is %v: nothing is left to be begun", s.Set())
+		}
+		s.PowerCut(b)
+		s.drop = nil
+		s.Await(10*s1, "a primary", func() bool { return s.Primary() >= 0 })
+		s.Write(p, 3)
+		s.Restart(b)
+		s.Converge(0, 1, 2)
+	}},
 	{"reads-that-hang-hand-over", Options{}, func(s *Sim) {
 		// Nothing is written; a read of the backing store does not return.
 		p := s.AwaitPrimary()

@@ -52,6 +52,7 @@ type node struct {
 	apply struct {
 		on       bool
 		to, done ident.Seq
+		since    core.Instant // when its disk began to hang; 0: it does not
 	}
 	ckpt struct {
 		on    bool
@@ -173,6 +174,7 @@ func (s *Sim) start(n *node) {
 	n.peers = make([]bool, len(s.nodes))
 	n.view, n.viewN, n.gate, n.seen = core.View{}, 0, core.Gate{}, ident.Position{}
 	n.sync.on, n.sync.again, n.apply.on, n.ckpt.on, n.ckpt.again = false, false, false, false, false
+	n.apply.since = 0
 	n.blocks, n.blockReads = n.blocks[:0], n.blockReads[:0]
 	n.logReads, n.reads, n.drains, n.change = n.logReads[:0], n.reads[:0], n.drains[:0], nil
 	n.openTo, n.readAt = 0, 0
@@ -322,6 +324,7 @@ func (s *Sim) feed(n *node, now core.Instant, in *input) {
 	case inTick:
 		c.ClientAt(n.readAt)
 		c.DiskRead(n.oldestRead())
+		c.DiskApply(n.apply.since)
 		c.Tick(now)
 	case inMsg:
 		c.Message(now, s.nodes[in.b].name, in.msg)

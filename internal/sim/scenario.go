@@ -230,8 +230,11 @@ func (s *Sim) PowerCut(nodes ...int) {
 	}
 }
 
-// SlowDisk lets fsyncs of a node hang for d.
+// HangDisk lets the disk of a node hang for d.
 func (s *Sim) HangDisk(i int, d int64) { s.nodes[i].disk.hungTo = s.now + d }
+
+// HangStore lets the backing store of a node hang for d, and not its log.
+func (s *Sim) HangStore(i int, d int64) { s.nodes[i].disk.storeHungTo = s.now + d }
 
 // Seal asks a replica to promise an epoch, as a controller would.
 func (s *Sim) Seal(i int, epoch ident.Epoch) ident.SealAnswer {

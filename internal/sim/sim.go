@@ -359,7 +359,8 @@ func (s *Sim) handle(e *event) {
 		s.fault()
 		return
 	case evUnhang:
-		s.nodes[e.node].disk.hungTo, s.nodes[e.node].disk.slowTo = 0, 0
+		d := &s.nodes[e.node].disk
+		d.hungTo, d.storeHungTo, d.slowTo = 0, 0, 0
 		return
 	case evUnblock:
 		s.unblock(e.node, e.b)

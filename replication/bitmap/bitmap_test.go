@@ -223,7 +223,7 @@ func TestChangesKnowWhatChanged(t *testing.T) {
 					c.Pin(name, pins[name], rapid.Uint64Range(pins[name], seq).Draw(t, "to"))
 				} else {
 					delete(pins, name)
-					c.Unpin(name)
+					c.Unpin(func(n string) bool { return n == name })
 				}
 			case "merge":
 				c.Merge(rapid.Uint64Range(floor, seq).Draw(t, "horizon"))

@@ -16,8 +16,8 @@ const (
 	// segmentsMax bounds the segments; beyond it the oldest are merged even
 	// where somebody may want to tell them apart.
 	segmentsMax = 4096
-	// pinBorders is how many segments of what one pin spans are told apart.
-	pinBorders = 1024
+	// pinBorders is how many segments of what the pins span are told apart.
+	pinBorders = segmentsMax / 2
 )
 
 // Changes records which blocks changed after which seq, as far back as it was
@@ -85,8 +85,10 @@ func (c *Changes) Pin(name string, from, to uint64) {
 	c.pins[name] = span{from: from, to: max(from, to)}
 }
 
-// Unpin ends a Pin.
-func (c *Changes) Unpin(name string) { delete(c.pins, name) }
+// Unpin ends the Pins of the names that are to go.
+func (c *Changes) Unpin(goes func(name string) bool) {
+	maps.DeleteFunc(c.pins, func(name string, _ span) bool { return goes(name) })
+}
 
 // Pinned reports whether the name has a pin.
 func (c *Changes) Pinned(name string) bool { _, ok := c.pins[name]; return ok }
@@ -94,7 +96,7 @@ func (c *Changes) Pinned(name string) bool { _, ok := c.pins[name]; return ok }
 // Merge joins segments that nobody will ask to tell apart: those that begin at
 // or below the horizon, unless the answer for a pin, or for the horizon itself,
 // begins there: a replica whose log ends at the horizon may yet go away. Of what
-// a pin spans at most pinBorders borders are kept.
+// the pins span at most pinBorders borders are kept, as many for each.
 func (c *Changes) Merge(horizon uint64) {
 	if len(c.segs) < 3 || horizon == c.merged && len(c.segs) <= segmentsMax {
 		return
@@ -103,7 +105,7 @@ func (c *Changes) Merge(horizon uint64) {
 	keep := make([]bool, len(c.segs))
 	border := func(s span) {
 		first, last := c.holds(s.from), c.holds(s.to)
-		step := (last-first)/pinBorders + 1
+		step := (last-first)/max(pinBorders/max(len(c.pins), 1), 1) + 1
 		for i := first; i <= last; i += step {
 			keep[i] = true
 		}
@@ -113,6 +115,9 @@ func (c *Changes) Merge(horizon uint64) {
 		border(s)
 	}
 	over := len(c.segs) - segmentsMax
+	if over > 0 {
+		over += segmentsMax / 8 // so that it is not done again for the next one
+	}
 	out := c.segs[:1]
 	for i := 1; i < len(c.segs); i++ {
 		s := c.segs[i]
@@ -166,7 +171,7 @@ func (c *Changes) marshal(limit int) ([]byte, error) {
 			total += len(p) + segmentOverhead
 			bits = append(bits, p)
 		}
-		if total <= limit || len(segs) == 1 {
+		if total <= limit && len(segs) <= 2*segmentsMax || len(segs) == 1 {
 			break
 		}
 		segs = halved(segs)

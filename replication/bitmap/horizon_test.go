@@ -60,7 +60,7 @@ func TestMergeKeepsWhatAPinSpans(t *testing.T) {
 	if n := c.Segments(); n != 1+16+5 {
 		t.Errorf("%d segments: of 40, one before the span, 16 of it and 5 from the horizon on are to be left", n)
 	}
-	c.Unpin("beta")
+	c.Unpin(func(n string) bool { return n == "beta" })
 	c.Merge(40)
 	if n := c.Segments(); n != 2 {
 		t.Errorf("%d segments without a pin, want 2", n)
@@ -103,5 +103,38 @@ func TestPinsOfAnOlderVersion(t *testing.T) {
 	}
 	if want := (span{5, 5}); got.pins["beta"] != want || got.Pinned("gamma") || !slices.Equal(got.segs[0].bits.r.ToArray(), c.segs[0].bits.r.ToArray()) {
 		t.Errorf("the pins are %v, want beta at %v alone", got.pins, want)
+	}
+}
+
+// However many replicas are away, and however busy the volume is, what is written can
+// be read again.
+func TestManyPinsAreBounded(t *testing.T) {
+	c := NewChanges(0)
+	seq := uint64(0)
+	write := func(n int) {
+		for range n {
+			seq++
+			c.Mark(seq, (seq%4096)*segmentBytes, segmentBytes)
+		}
+	}
+	for name := 'a'; name < 'p'; name++ {
+		from := seq
+		write(1023)
+		c.Pin(string(name), from, seq)
+		c.Merge(seq)
+	}
+	trim := seq
+	write(7000)
+	c.Merge(trim)
+	if c.Segments() > segmentsMax+pinBorders {
+		t.Errorf("%d segments", c.Segments())
+	}
+	write(5000) // and a Merge comes later
+	p, err := c.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := UnmarshalChanges(p); err != nil {
+		t.Error(err)
 	}
 }

@@ -96,7 +96,9 @@ type Core struct {
 
 	syncStarted Instant // 0: no fsync of the log is out
 	readStarted Instant // 0: no client's read is with the disk
-	syncAsked   ident.Seq
+	// applyStarted is 0 when no write of the backing store is with the disk.
+	applyStarted Instant
+	syncAsked    ident.Seq
 
 	appends slab[wire.Append]
 	acks    slab[wire.Ack]
@@ -239,6 +241,8 @@ func (c *Core) cutLog(seq ident.Seq) {
 	c.last = c.posAt(seq)
 	c.written = min(c.written, seq)
 	c.durable = min(c.durable, seq)
+	// What is to stand in place of a committed entry, after a loss, is not committed.
+	c.commit = min(c.commit, seq)
 	c.syncAsked = min(c.syncAsked, seq)
 }
 
@@ -335,6 +339,10 @@ func (c *Core) Failed(now Instant, reason string) {
 // is. It is known at the next tick.
 func (c *Core) DiskRead(since Instant) { c.readStarted = since }
 
+// DiskApply says since when what is being applied has been with the own disk,
+// likewise.
+func (c *Core) DiskApply(since Instant) { c.applyStarted = since }
+
 func (c *Core) advance(now Instant) { c.now = max(c.now, now) }
 
 // isPrimary reports whether we hold office, serving or not.
@@ -364,11 +372,14 @@ func (c *Core) View(now Instant, v View) {
 	if c.isPrimary() && v.Epoch > c.p.epoch {
 		c.stepDown("a newer epoch is in the cluster state")
 	}
+	c.changes.Unpin(func(name string) bool {
+		return !slices.ContainsFunc(v.Members, func(m Member) bool { return string(m.Node) == name })
+	})
 	for _, m := range v.Members {
 		// Who is not in the set will ask what changed since its log ended; while
 		// it was in, the trim horizon waited for it.
 		if slices.Contains(v.Set, m.Node) {
-			c.changes.Unpin(string(m.Node))
+			c.changes.Unpin(func(name string) bool { return name == string(m.Node) })
 		} else if !c.changes.Pinned(string(m.Node)) {
 			c.changes.Pin(string(m.Node), uint64(c.trim), uint64(c.last.Seq))
 		}
@@ -481,11 +492,14 @@ func (c *Core) Barrier(now Instant, id uint64, upTo ident.Seq) {
 
 // Gate returns what readers check outside the loop.
 func (c *Core) Gate() Gate {
-	g := Gate{Epoch: c.view.Epoch, Generation: c.view.Generation, Commit: c.commit, Last: c.last}
+	// A secondary hears of a commit index together with entries that it covers, and
+	// shows them once they are in its log.
+	g := Gate{Epoch: c.view.Epoch, Generation: c.view.Generation, Commit: min(c.commit, c.written), Last: c.last}
 	if c.role == RolePrimary {
 		g.Epoch = c.p.epoch
 		g.Serving = c.serving()
 		g.LeaseUntil = c.leaseUntil()
+		g.Commit = c.commit
 		if c.view.Ack == AckLocal {
 			g.Commit = c.written
 		}

@@ -38,6 +38,7 @@ type peer struct {
 	resyncBase   ident.Seq
 	run          *resyncRun
 	reported     bool // it has acked in this epoch
+	follows      bool // not in the set, it is streamed to: the trim horizon waits for it
 	// owes is what a former incarnation of it reported durable in this epoch: a
 	// replica that returns with less has had its disk changed.
 	owes  ident.Seq

@@ -439,13 +439,15 @@ func (c *Core) ask() {
 	c.p.askedAt, c.p.askDue = c.now, true
 }
 
-// stalled reports whether the own disk hangs.
+// stalled reports whether the own disk hangs: an fsync of the log, a client's read,
+// or what is applied, once clients wait for that. Checkpoints are not among them: on
+// a slow disk one may take minutes.
 func (c *Core) stalled() bool {
 	if c.cfg.StallTimeout <= 0 {
 		return false
 	}
 	late := func(began Instant) bool { return began != 0 && c.now-began > Instant(c.cfg.StallTimeout) }
-	return late(c.syncStarted) || late(c.readStarted)
+	return late(c.syncStarted) || late(c.readStarted) || late(c.applyStarted) && c.crowded()
 }
 
 func (c *Core) tickPrimary() {
@@ -565,9 +567,16 @@ func (c *Core) moveTrim() {
 		// A member that lags is about to be evicted; until then the horizon
 		// waits for it, to a limit.
 		within := c.cfg.LagMax <= 0 || c.lagBytes(max(pr.matched, pr.floor)) <= most
-		if (c.inSet(pr.node) || (pr.state == peerStream && c.heard(pr))) && within {
+		member := c.inSet(pr.node)
+		follows := !member && pr.state == peerStream && c.heard(pr) && within
+		if member && within || follows {
 			to = min(to, max(pr.durable, c.trim))
 		}
+		if pr.follows && !follows && !member {
+			// What it has by now it need not be sent again.
+			c.changes.Pin(string(pr.node), uint64(pr.durable), uint64(c.last.Seq))
+		}
+		pr.follows = follows
 	}
 	c.trim = max(c.trim, to)
 	for len(c.p.cums) > 1 && c.p.cums[1].seq <= c.trim {

@@ -66,7 +66,13 @@ func (c *Core) wantedSet() (set []ident.Node, joiner ident.Node, rule string) {
 	if len(fit) < len(c.view.Set) {
 		// Below min_copies too: those that go hold nothing that counts, and a
 		// set that small answers nobody until they are back.
-		return fit, "", rule
+		switch {
+		case c.carried(fit):
+			return fit, "", rule
+		case enough(live):
+			return live, "", rule + ", and who does not answer: no majority otherwise"
+		}
+		return nil, "", ""
 	}
 	short := len(live) < len(c.view.Set)/2+1
 	if short && enough(live) {
@@ -78,9 +84,8 @@ func (c *Core) wantedSet() (set []ident.Node, joiner ident.Node, rule string) {
 		return nil, "", ""
 	}
 	for _, m := range c.view.Members {
-		if m.Leaving && m.Node != c.cfg.Node && c.inSet(m.Node) && enough(c.view.Set[1:]) {
-			return slices.DeleteFunc(slices.Clone(c.view.Set), func(n ident.Node) bool { return n == m.Node }), "",
-				"evict " + string(m.Node) + ": an operator removes it"
+		if m.Leaving && m.Node != c.cfg.Node && c.inSet(m.Node) && enough(c.view.Set[1:]) && c.carried(c.setWithout(m.Node)) {
+			return c.setWithout(m.Node), "", "evict " + string(m.Node) + ": an operator removes it"
 		}
 	}
 	for _, pr := range c.p.peers {
@@ -89,18 +94,47 @@ func (c *Core) wantedSet() (set []ident.Node, joiner ident.Node, rule string) {
 		}
 	}
 	for _, pr := range c.p.peers {
-		if c.inSet(pr.node) && c.lagging(pr) && enough(c.view.Set[1:]) {
-			return slices.DeleteFunc(slices.Clone(c.view.Set), func(n ident.Node) bool { return n == pr.node }), "",
-				"evict " + string(pr.node) + ": it lags beyond the log's retention"
+		if c.inSet(pr.node) && c.lagging(pr) && enough(c.view.Set[1:]) && c.carried(c.setWithout(pr.node)) {
+			return c.setWithout(pr.node), "", "evict " + string(pr.node) + ": it lags beyond the log's retention"
 		}
 	}
 	return nil, "", ""
+}
+
+func (c *Core) setWithout(n ident.Node) []ident.Node {
+	return slices.DeleteFunc(slices.Clone(c.view.Set), func(m ident.Node) bool { return m == n })
+}
+
+// carried reports whether a majority of the set is there: only such a set can
+// come to hold anything.
+func (c *Core) carried(set []ident.Node) bool {
+	there := 0
+	for _, n := range set {
+		if pr := c.peer(n); n == c.cfg.Node || pr != nil && !c.gone(pr) {
+			there++
+		}
+	}
+	return there > len(set)/2
 }
 
 // leaversUnfit reports whether everybody who is not in set any more is unfit.
 func (c *Core) leaversUnfit(set []ident.Node) bool {
 	for _, n := range c.view.Set {
 		if !slices.Contains(set, n) && c.unfit(n) == "" {
+			return false
+		}
+	}
+	return true
+}
+
+// leaversWell reports whether there is no reason any more to evict anybody who is
+// not in set.
+func (c *Core) leaversWell(set []ident.Node) bool {
+	for _, m := range c.view.Members {
+		if !c.inSet(m.Node) || slices.Contains(set, m.Node) {
+			continue
+		}
+		if pr := c.peer(m.Node); m.Leaving || pr == nil || c.gone(pr) || c.lagging(pr) || c.unfit(m.Node) != "" {
 			return false
 		}
 	}
@@ -145,6 +179,12 @@ func (c *Core) progressChange() {
 		if pr.durable < ch.fence {
 			return // a joiner has fsynced all that it caught up with
 		}
+	}
+	if ch.joiner == "" && (!c.carried(ch.set) || c.leaversWell(ch.set)) {
+		// While it is under way nothing is committed without its majority, and
+		// the present set may have another: it was proposed to nobody.
+		c.dropChange()
+		return
 	}
 	for _, n := range ch.set {
 		// The reason to evict the others must still hold for a smaller set

@@ -116,7 +116,7 @@ func (c *Core) onResyncState(from ident.Node, m *wire.ResyncState) {
 	if pr.state == peerResync {
 		// It has begun anew at the base that this stream named.
 		pr.state = peerStream
-		pr.matched, pr.durable = max(pr.matched, pr.resyncBase), max(pr.durable, pr.resyncBase)
+		pr.matched, pr.durable = pr.resyncBase, pr.resyncBase
 		pr.durableAt = max(pr.durableAt, pr.stream)
 		pr.next = pr.resyncBase + 1
 		pr.flight, pr.inflight, pr.reading = pr.flight[:0], 0, false
@@ -378,8 +378,8 @@ func (c *Core) again(pr *peer) {
 // changing while it is read.
 func (c *Core) resyncHolds() bool {
 	for _, pr := range c.p.peers {
-		if pr.run == nil || pr.state != peerStream || !c.heard(pr) {
-			continue
+		if pr.run == nil || pr.state != peerStream || !c.heard(pr) || pr.next <= c.commit {
+			continue // for a target that takes no entries nobody waits
 		}
 		for _, rd := range pr.run.reads {
 			if rd.spoils >= resyncSpoils {
