@@ -4,6 +4,7 @@ import (
 	"slices"
 
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/replication/core"
 )
 
 // Fault is a kind of trouble.
@@ -230,7 +231,17 @@ func (s *Sim) forget(c *session) {
 	s.at(s.delay(5*ms, 50*ms), event{kind: evOp, a: c.i, x: c.tries})
 }
 
-// heal ends all trouble: from here on the cluster must serve and converge.
+// healMost ends all trouble but one: a node goes down and stays away for a while.
+// If those that are left are enough, they must serve without it (I8).
+func (s *Sim) healMost() {
+	n := s.nodes[s.rng.IntN(s.opt.Replicas)]
+	s.die(n, FaultKill)
+	s.gone = n
+	s.heal()
+}
+
+// heal ends all trouble: from here on the cluster must serve and, when nobody is
+// away, converge.
 func (s *Sim) heal() {
 	s.healed, s.healAt = true, s.now
 	s.note(-1, "heal", "")
@@ -243,9 +254,12 @@ func (s *Sim) heal() {
 		n.disk.slowTo, n.disk.hungTo, n.disk.storeHungTo, n.crashIn = 0, 0, 0, 0
 		s.cont(n)
 		s.unblock(n.i, -1)
-		if !n.up {
+		if !n.up && n != s.gone {
 			s.at(ms, event{kind: evStart, node: n.i})
 		}
+	}
+	for _, c := range s.cli {
+		c.okSince = [4]int{}
 	}
 	// What waits for a disk that hung goes on: its events are in the queue, at
 	// the latest ten seconds from now.
@@ -256,6 +270,10 @@ func (s *Sim) heal() {
 // are the same, or says who is stuck (I8, I6).
 func (s *Sim) checkHealed() {
 	s.look()
+	if s.gone != nil {
+		s.checkMost()
+		return
+	}
 	why := s.waitingFor()
 	if why == "" {
 		s.done = true
@@ -269,18 +287,80 @@ func (s *Sim) checkHealed() {
 		s.excused, s.done = x, true
 		return
 	}
-	state := ""
-	for _, n := range s.nodes {
-		state += "\n  " + n.String()
-	}
 	v := s.cl.vol()
 	s.fail("I8", "healed for %s and still: %s\n  cluster: epoch %d primary %s at %v inc %d set %v version %d generation %d%s",
-		clock(s.opt.HealFor), why, v.Epoch, v.Primary, v.PrimaryPosition, v.PrimaryIncarnation, v.InSync, v.SetVersion, v.Generation, state)
+		clock(s.opt.HealFor), why, v.Epoch, v.Primary, v.PrimaryPosition, v.PrimaryIncarnation, v.InSync, v.SetVersion, v.Generation, s.states())
+}
+
+// checkMost heals the one who is away once the others have served everybody at
+// them, or need not without it, or says who is stuck (I8).
+func (s *Sim) checkMost() {
+	why := ""
+	for _, c := range s.cli {
+		if s.nodes[c.node] != s.gone && !c.served() {
+			why = "session at " + string(s.nodes[c.node].name) + " is not served"
+		}
+	}
+	switch {
+	case !s.enough():
+		s.wellAt = 0
+	case s.wellAt == 0:
+		s.wellAt = s.now
+	}
+	if why == "" || s.now >= s.healAt+2*s.opt.HealFor && s.wellAt == 0 {
+		s.note(s.gone.i, "heal", "the last one")
+		s.gone = nil
+		s.heal()
+		return
+	}
+	if s.wellAt != 0 && s.now >= max(s.healAt, s.wellAt)+s.opt.HealFor {
+		v := s.cl.vol()
+		s.fail("I8", "node %s is away, the others are enough for %s and still: %s\n  cluster: epoch %d primary %s set %v version %d%s",
+			s.gone.name, clock(s.opt.HealFor), why, v.Epoch, v.Primary, v.InSync, v.SetVersion, s.states())
+	}
+	s.at(50*ms, event{kind: evCheck})
+}
+
+// enough reports whether a majority of the set, and min_copies of it, are up and
+// have kept what they promised. Once writes may have been given up, a member may
+// first have to be copied, for which it must leave the set.
+func (s *Sim) enough() bool {
+	if s.opt.Ack == core.AckLocal || len(s.chk.losses) > 0 {
+		return false
+	}
+	v, good, base := s.cl.vol(), 0, ident.Seq(0)
+	for _, name := range v.InSync {
+		if n := s.nodes[s.index(name)]; n.core != nil {
+			base = max(base, n.disk.log.base.Seq)
+		}
+	}
+	for _, name := range v.InSync {
+		n := s.nodes[s.index(name)]
+		// Who is behind what another's log holds, since it lagged while no eviction
+		// came through, or is in doubt about blocks, must be copied as well.
+		useful := n.core != nil && n.disk.log.last().Seq >= base && n.core.Status(s.clock(n)).State != "Resyncing"
+		if rep := v.Replica(name); useful && rep != nil && rep.Replica == n.disk.meta.replica && !n.disk.broken() && !n.amnesiac() {
+			good++
+		}
+	}
+	return good > len(v.InSync)/2 && good >= v.Options.MinCopies
+}
+
+func (c *session) served() bool {
+	return c.okSince[opWrite] > 0 && c.okSince[opRead] > 0 && c.okSince[opFlush] > 0
+}
+
+func (s *Sim) states() string {
+	text := ""
+	for _, n := range s.nodes {
+		text += "\n  " + n.String()
+	}
+	return text
 }
 
 func (s *Sim) waitingFor() string {
 	for _, c := range s.cli {
-		if c.okSince[opWrite] == 0 || c.okSince[opRead] == 0 || c.okSince[opFlush] == 0 {
+		if !c.served() {
 			return "session at " + string(s.nodes[c.node].name) + " is not served"
 		}
 	}

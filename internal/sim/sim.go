@@ -42,6 +42,7 @@ type Options struct {
 	Rate     int64 // bytes that a resync may move in a second; 0: no ceiling
 	FaultFor int64 // ns of virtual time in which faults are injected
 	HealFor  int64 // ns within which the healed cluster must serve and converge
+	Most     bool  // all but one are healed first, and must serve without it if they are enough
 	Faults   []Fault
 	Wild     bool // messages are lost, doubled, reordered; TCP would not
 	Trim     bool // the log is recycled as soon as it may be
@@ -105,6 +106,7 @@ func Draw(seed uint64) Options {
 		o.Rate = blockSize * (8 + r.Int64N(100))
 	}
 	o.Faults = drawFaults(r)
+	o.Most = r.IntN(2) == 0
 	return o
 }
 
@@ -167,6 +169,8 @@ type Sim struct {
 	healed   bool
 	quieting bool // clients begin nothing new
 	healAt   int64
+	gone     *node // who stays down while all others are healed
+	wellAt   int64 // since when they must serve without it; 0: they need not
 	done     bool
 	excused  string
 	hash     uint64
@@ -344,7 +348,9 @@ func (s *Sim) handle(e *event) {
 		s.linkStale(s.links[e.node][e.b], e.x)
 		return
 	case evStart:
-		s.start(s.nodes[e.node])
+		if n := s.nodes[e.node]; n != s.gone {
+			s.start(n)
+		}
 		return
 	case evCont:
 		s.cont(s.nodes[e.node])
@@ -366,7 +372,11 @@ func (s *Sim) handle(e *event) {
 		s.unblock(e.node, e.b)
 		return
 	case evHeal:
-		s.heal()
+		if s.opt.Most {
+			s.healMost()
+		} else {
+			s.heal()
+		}
 		return
 	case evCheck:
 		s.checkHealed()

@@ -282,8 +282,11 @@ func (c *Core) needResync(pr *peer, since ident.Seq, whole bool, rule string) {
 	pr.since, pr.whole, pr.rule = since, whole, rule
 }
 
-func (c *Core) onStale(_ ident.Node, m *wire.Stale) {
+func (c *Core) onStale(from ident.Node, m *wire.Stale) {
 	if c.isPrimary() && m.Epoch == c.p.epoch && m.Promised > c.p.epoch {
+		if c.inSet(from) {
+			c.p.refusedAt = c.now
+		}
 		// It was sealed by a round that promoted nobody, or by one that is
 		// under way; only an epoch above its promise lets it follow again.
 		c.report(ReportReseal, c.p.epoch)

@@ -29,6 +29,7 @@ type primary struct {
 	released bool // the lease is given back: no later grant counts
 
 	draining   bool
+	refusedAt  Instant // when a member of the set last said that it has promised a newer epoch
 	drainSince Instant
 	drains     []uint64
 	releasedAt Instant
@@ -534,11 +535,17 @@ func (c *Core) Undrain(now Instant) {
 }
 
 func (c *Core) progressDrain() {
-	if !c.p.draining || c.p.released || c.commit < c.last.Seq {
+	if !c.p.draining || c.p.released {
 		return
 	}
-	// Below min_copies nothing is answered: those who wait ask the next primary.
-	if len(c.view.Set) >= c.view.MinCopies && (!c.p.held.empty() || !c.p.synced.empty()) {
+	// A member that has promised a newer epoch takes nothing of ours: what is not
+	// committed by now may never be, and those who wait ask the next primary, as
+	// they do below min_copies, where nothing is answered.
+	refused := c.p.refusedAt != 0 && c.now <= c.p.refusedAt+Instant(c.cfg.RetryAfter) && c.now >= c.p.drainSince+drainSettle
+	if c.commit < c.last.Seq && !refused {
+		return
+	}
+	if len(c.view.Set) >= c.view.MinCopies && !refused && (!c.p.held.empty() || !c.p.synced.empty()) {
 		return
 	}
 	if c.now < c.p.drainSince+drainSettle {
