@@ -307,8 +307,28 @@ func (c clusterOf) MarkFailed(vol ident.Volume, r ident.Replica, reason string) 
 			return // everybody knows: it was only tried again
 		}
 	}
+	if !d.tellFailed(vol, failure{r, reason}) {
+		return // it was told, and is being marked
+	}
 	d.local.add(control.Event{Node: string(d.self), Volume: d.volumeName(vol), Kind: "failed", Text: "the replica on this node failed: " + reason})
 	d.wg.Go(func() { d.runMarkFailed(vol, r, reason) })
+}
+
+// failure is what was last told of a volume's replica here.
+type failure struct {
+	replica ident.Replica
+	reason  string
+}
+
+// tellFailed reports whether the failure is news.
+func (d *Daemon) tellFailed(vol ident.Volume, f failure) bool {
+	d.rmu.Lock()
+	defer d.rmu.Unlock()
+	if d.failures[vol] == f {
+		return false
+	}
+	d.failures[vol] = f
+	return true
 }
 
 func (d *Daemon) runMarkFailed(vol ident.Volume, r ident.Replica, reason string) {
@@ -318,6 +338,9 @@ func (d *Daemon) runMarkFailed(vol ident.Volume, r ident.Replica, reason string)
 		if err == nil {
 			if rerr := res.Err(); rerr != nil {
 				d.log.Warn("the failed replica is not marked", "volume", d.volumeName(vol), "rule", rerr)
+				d.rmu.Lock()
+				delete(d.failures, vol) // the next try may be marked
+				d.rmu.Unlock()
 			}
 			return
 		}

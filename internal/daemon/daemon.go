@@ -84,6 +84,7 @@ type Daemon struct {
 	reporting map[reportKey]bool
 	problems  map[ident.Volume]error // why a replica of this node is not open
 	readmits  map[ident.Volume]*readmission
+	failures  map[ident.Volume]failure
 }
 
 // Hooks are what a daemon needs of its process to change while it runs; all may
@@ -114,7 +115,7 @@ func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs
 		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
 		current: make(chan struct{}), retune: make(chan struct{}, 1), resized: make(chan struct{}, 1), stopping: make(chan struct{}),
 		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
-		readmits: map[ident.Volume]*readmission{},
+		readmits: map[ident.Volume]*readmission{}, failures: map[ident.Volume]failure{},
 	}
 	d.resync.Store(&cfg.Resync)
 	d.live.Store(cfg)

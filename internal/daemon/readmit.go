@@ -146,6 +146,7 @@ func (d *Daemon) keepReadmit(ctx context.Context, v *volume, sv *state.Volume) {
 		return
 	}
 	r.begun = true
+	delete(d.failures, sv.ID) // it may fail in the same way once more
 	d.rmu.Unlock()
 	r.err = d.readmit(ctx, v, sv)
 	if r.err != nil {
