@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/replication/store"
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
@@ -27,7 +28,10 @@ func (rp *replica) tryStatus(a *readArgs, r *Request) (readOutcome, error) {
 	releasePatches(sc.patches)
 	readScratches.Put(sc)
 	r.Extents = list
-	if err != nil {
+	switch {
+	case errors.Is(err, store.ErrRange):
+		return readEarly, nil
+	case err != nil:
 		return readFailed, fmt.Errorf("find the holes of the backing store: %w", err)
 	}
 	if out := rp.judgeGate(a, rp.gate.load()); out != readDone {

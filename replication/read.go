@@ -9,6 +9,7 @@ import (
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/replication/core"
+	"github.com/blockstep/blockstep/replication/store"
 	"github.com/blockstep/blockstep/replication/wal"
 	"github.com/blockstep/blockstep/replication/wire"
 )
@@ -23,7 +24,7 @@ const (
 	readUncommitted             // it overlaps an entry that is not committed
 	readClosed                  // no lease, or not the serving primary
 	readLost                    // the volume's cache generation moved
-	readEarly                   // the session is of a generation that this replica has not heard of yet
+	readEarly                   // the session knows a generation, or a size, that this replica has not heard of yet
 	readFailed
 )
 
@@ -135,8 +136,11 @@ func (rp *replica) readPatched(a *readArgs, ps []patch) (readOutcome, error) {
 	}
 	if !covered {
 		if err := rp.readBase(a); err != nil {
-			if errors.Is(err, vfs.ErrWouldBlock) {
+			switch {
+			case errors.Is(err, vfs.ErrWouldBlock):
 				return readBlocked, nil
+			case errors.Is(err, store.ErrRange):
+				return readEarly, nil // the loop makes it larger in a moment
 			}
 			return readFailed, fmt.Errorf("read %d bytes at %d of the backing store: %w", len(a.dst), a.off, err)
 		}

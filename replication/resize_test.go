@@ -1,9 +1,15 @@
 package replication
 
 import (
+	"context"
+	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/blockstep/blockstep/internal/buf"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/replication/core"
 )
 
 // A secondary hears of the new size later than of a write behind the old one: the
@@ -106,4 +112,82 @@ func TestAWriteComesBeforeThePrimaryHears(t *testing.T) {
 			t.Errorf("failed: %v", c.fails)
 		}
 	})
+}
+
+// A node takes requests by the new size a moment before its replica has grown: a
+// read, or a block status, behind the old end waits for that, and is no sign of a
+// disk that failed (read-before-grow).
+func TestAReadComesBeforeTheStoreHasGrown(t *testing.T) {
+	const old, grown = 1 << 20, 4 << 20
+	for name, at := range map[string]struct {
+		node    ident.Node // whose replica has not grown
+		replica bool       // read by VOLUME@NODE
+		from    ident.Node // where the client is
+		op      Op
+	}{
+		"volume":           {"n1", false, "n1", OpRead},
+		"volume, status":   {"n1", false, "n1", OpBlockStatus},
+		"volume, far":      {"n1", false, "n3", OpRead},
+		"replica":          {"n2", true, "n2", OpRead},
+		"replica, far":     {"n2", true, "n3", OpRead},
+		"replica, status":  {"n2", true, "n2", OpBlockStatus},
+		"resync or verify": {"n2", false, "", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newTestCluster(t, old, 3)
+				defer c.close()
+				c.promote("n1")
+				c.session("n1").mustWrite(0, pattern(1, 4096))
+				v := c.nodes[at.node].volume()
+				// The loop is in its disk.
+				release := make(chan struct{})
+				v.rep().in.push(input{kind: inCall, call: func(core.Instant) { <-release }})
+				synctest.Wait()
+				c.mu.Lock()
+				c.view.Size = grown
+				c.mu.Unlock()
+				c.push()
+				synctest.Wait()
+				if at.op == 0 {
+					if _, err := v.ReadReplica(make([]byte, 4096), grown-4096); !errors.Is(err, errNotKnown) {
+						t.Errorf("reading the replica: %v", err)
+					}
+					close(release)
+				} else {
+					done := c.openAt(at.from, at.node, at.replica).start(&Request{
+						Op: at.op, Offset: grown - 4096, Length: 4096, Data: buf.Get(4096),
+					})
+					synctest.Wait()
+					close(release)
+					select {
+					case err := <-done:
+						if err != nil {
+							t.Error(err)
+						}
+					case <-time.After(10 * time.Second):
+						t.Error("no answer")
+					}
+				}
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				if len(c.fails) > 0 {
+					t.Errorf("failed: %v", c.fails)
+				}
+			})
+		})
+	}
+}
+
+// openAt opens a session at a node: of the volume, or of the replica at of.
+func (c *testCluster) openAt(node, of ident.Node, replica bool) *testSession {
+	c.t.Helper()
+	if !replica {
+		return c.session(node)
+	}
+	s, err := c.nodes[node].volume().OpenReplicaSession(context.Background(), of, Client{Local: true})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return &testSession{t: c.t, s: s}
 }
