@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"sync/atomic"
@@ -20,9 +21,10 @@ type Client struct {
 	// Gone reports whether the client has closed its end, even when bytes that
 	// it sent before are still unread. It costs a system call.
 	Gone func() bool
-	// Kill ends the connection at once, without answering what is in flight. It
-	// may be called from any goroutine, more than once; it must not call back
-	// into the session before it returns.
+	// Kill ends the connection at once, without answering what is in flight; with
+	// ErrGeneration what is in flight is answered first. It may be called from any
+	// goroutine, more than once; it must not call back into the session before it
+	// returns.
 	Kill func(reason error)
 }
 
@@ -169,10 +171,15 @@ func (s *Session) admit() error {
 	return ErrClientGone
 }
 
-// end kills the connection. Its owner then closes the session.
+// end kills the connection. Its owner then closes the session. A client that may
+// believe in writes that are gone (ErrGeneration) is told so by the answers to what
+// it has under way; any other gets none, so that it asks again elsewhere.
 func (s *Session) end(reason error) {
 	if s.closed.Swap(true) {
 		return
+	}
+	if errors.Is(reason, ErrGeneration) {
+		s.v.dropSession(s, reason)
 	}
 	if s.client.Kill != nil {
 		s.client.Kill(reason)
@@ -181,7 +188,8 @@ func (s *Session) end(reason error) {
 }
 
 // Close ends the session. Requests that have not been let through are dropped;
-// each one in flight still gets its Complete.
+// each one in flight gets its Complete now, also one that is in the log and not
+// committed: it may yet be. Only reads wait for the disk that they are in.
 func (s *Session) Close() {
 	s.closed.Store(true)
 	s.v.dropSession(s, ErrClosed)

@@ -169,7 +169,7 @@ func (v *Volume) outlived(r *Request) bool {
 
 // submitLocal hands a request to the replica of this node.
 func (v *Volume) submitLocal(r *Request) {
-	rp := v.rep()
+	rp, s := v.rep(), r.sess
 	r.target = v.opts.Node
 	if !r.Op.changes() {
 		rp.read(r)
@@ -181,6 +181,12 @@ func (v *Volume) submitLocal(r *Request) {
 	}
 	if !rp.in.request(r) {
 		v.finishOp(r, wire.StatusRetry, ident.Position{}, nil)
+		return
+	}
+	// From here on r may be anybody's. A session that was closed before has been
+	// forgotten before too, perhaps; one that is closed from now on will be after it.
+	if s.closed.Load() {
+		rp.in.forget(s.id)
 	}
 }
 

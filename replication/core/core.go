@@ -461,8 +461,9 @@ func (c *Core) Message(now Instant, from ident.Node, m wire.Message) {
 	}
 }
 
-// Forget drops what a session has waiting and what no log holds yet: its
-// client is gone, so it must not take effect later.
+// Forget answers all that a session has under way with StatusIO: its client is gone.
+// What no log holds yet must not take effect later. What is in the log stays there,
+// within its limits, and nobody waits for it any more.
 func (c *Core) Forget(session uint64) {
 	keep, at := c.queue[:0], c.queueAt[:0]
 	for i := range c.queue {
@@ -476,6 +477,9 @@ func (c *Core) Forget(session uint64) {
 	}
 	clear(c.queue[len(keep):])
 	c.queue, c.queueAt = keep, at
+	for _, q := range []*waiters{&c.p.held, &c.p.synced} {
+		c.dismiss(q, func(w *waiter) bool { return w.session == session })
+	}
 }
 
 // Barrier asks to be told (Released) when a read may go on: this replica is the

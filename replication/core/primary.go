@@ -53,9 +53,10 @@ type cumMark struct {
 }
 
 type waiter struct {
-	seq    ident.Seq
-	origin Origin
-	at     Instant
+	seq     ident.Seq
+	origin  Origin
+	session uint64
+	at      Instant
 }
 
 // waiters is a queue ordered by seq.
@@ -89,6 +90,22 @@ func (c *Core) pop(q *waiters, seq ident.Seq, s wire.Status) {
 		*w = waiter{}
 		q.head++
 	}
+}
+
+// dismiss answers the waiters that match with StatusIO. Their entries stay in the
+// log, and may be committed yet.
+func (c *Core) dismiss(q *waiters, match func(*waiter) bool) {
+	keep := q.w[:0]
+	for i := range q.w[q.head:] {
+		w := q.w[q.head+i]
+		if match(&w) {
+			c.answers = append(c.answers, Answer{Origin: w.origin, Status: wire.StatusIO, Pos: c.last})
+			continue
+		}
+		keep = append(keep, w)
+	}
+	clear(q.w[len(keep):])
+	q.w, q.head = keep, 0
 }
 
 // takeOffice begins a reign: it appends the marker and probes everybody.
@@ -232,7 +249,7 @@ func (c *Core) admit(r *Request, at Instant) {
 	if r.Flush {
 		// It covers everything appended when it arrives, the inherited included.
 		c.p.habit.flushed(c.last.Seq)
-		c.await(waiter{seq: c.last.Seq, origin: r.Origin, at: at}, true)
+		c.await(waiter{seq: c.last.Seq, origin: r.Origin, session: r.Session, at: at}, true)
 		return
 	}
 	if r.Off > c.view.Size || r.Len > c.view.Size-r.Off {
@@ -254,7 +271,7 @@ func (c *Core) admit(r *Request, at Instant) {
 	e := r.Entry
 	e.Flags, e.Off, e.Len, e.Session, e.Request = r.Flags, r.Off, r.Len, r.Session, r.Request
 	c.appendOwn(r.Kind, nil, e)
-	c.await(waiter{seq: c.last.Seq, origin: r.Origin, at: at}, r.FUA)
+	c.await(waiter{seq: c.last.Seq, origin: r.Origin, session: r.Session, at: at}, r.FUA)
 	if c.p.habit.expects(c.last.Seq) {
 		c.p.syncTo = max(c.p.syncTo, c.last.Seq)
 	}
@@ -268,7 +285,7 @@ func (c *Core) replay(r *Request, at Instant, answer func(wire.Status)) bool {
 	}
 	if seq, ok := c.dedup.find(r.Session, r.Request); ok {
 		r.Entry.Payload.Release()
-		c.await(waiter{seq: seq, origin: r.Origin, at: at}, r.FUA)
+		c.await(waiter{seq: seq, origin: r.Origin, session: r.Session, at: at}, r.FUA)
 		return true
 	}
 	if !r.Replay {
@@ -482,16 +499,7 @@ func (c *Core) expire() {
 	}
 	late := func(at Instant) bool { return c.now > at+hold }
 	for _, q := range []*waiters{&c.p.held, &c.p.synced} {
-		keep := q.w[:0]
-		for _, w := range q.w[q.head:] {
-			if late(w.at) {
-				c.answers = append(c.answers, Answer{Origin: w.origin, Status: wire.StatusIO, Pos: c.last})
-				continue
-			}
-			keep = append(keep, w)
-		}
-		clear(q.w[len(keep):])
-		q.w, q.head = keep, 0
+		c.dismiss(q, func(w *waiter) bool { return late(w.at) })
 	}
 	n := 0
 	for n < len(c.queue) && late(c.queueAt[n]) {
