@@ -148,6 +148,18 @@ func (c *conn) kill(reason error) {
 	})
 }
 
+// end is Client.Kill.
+func (c *conn) end(reason error) {
+	if !errors.Is(reason, ErrSessionLost) {
+		c.kill(reason)
+		return
+	}
+	c.mu.Lock()
+	c.mu.lost = true
+	c.mu.Unlock()
+	c.drain()
+}
+
 // drain makes the reader take no more requests from the socket and end the
 // connection once those in flight are answered.
 func (c *conn) drain() {
@@ -231,18 +243,25 @@ func (c *conn) run(ctx context.Context) {
 	wg.Go(c.runWriter)
 	err := c.runReader()
 	c.uncork()
+	drain := c.srv.limits.Drain
 	switch {
-	case errors.Is(err, errDisconnected), errors.Is(err, errDraining):
-		// What is in flight is answered first. A client that asked to
-		// disconnect may have gone already; its writes have been submitted, so
-		// they are completed all the same.
-		c.waitIdle(c.srv.limits.Drain)
-	case errors.Is(err, ErrSessionLost):
+	case errors.Is(err, errDisconnected):
+		// What is in flight is answered first. The client may have gone already,
+		// which kills the connection; what it had asked for is done all the same.
+		c.waitIdle(drain, nil)
+	case errors.Is(err, errDraining):
+		if !c.waitIdle(drain, c.done) {
+			c.kill(err) // before Close answers errors, which a client takes for good
+		}
+	case errors.Is(err, ErrSessionLost): // Close answers
 	default:
 		c.kill(err)
 	}
 	c.session.Close()
-	c.waitIdle(0)
+	if !c.waitIdle(drain, c.done) {
+		c.kill(err)
+		c.waitIdle(0, nil)
+	}
 	c.hangUp(err)
 	wg.Wait()
 	c.in.Release()
@@ -319,18 +338,14 @@ func (c *conn) endLog(err error) {
 	c.log.Log(context.Background(), level, "nbd: session closed", "reason", err, "after", time.Since(c.since).Round(time.Millisecond))
 }
 
-// waitIdle waits until no request is in flight, or the connection is killed,
-// or the time has passed. A time of 0 waits for as long as it takes, killed or
-// not.
-func (c *conn) waitIdle(atMost time.Duration) {
+// waitIdle waits until no request is in flight, and reports whether that is so:
+// done may be closed first, or the time have passed. A time of 0 is none.
+func (c *conn) waitIdle(atMost time.Duration, done <-chan struct{}) bool {
 	var timeout <-chan time.Time
-	done := c.done
 	if atMost > 0 {
 		t := time.NewTimer(atMost)
 		defer t.Stop()
 		timeout = t.C
-	} else {
-		done = nil
 	}
 	for {
 		c.mu.Lock()
@@ -338,14 +353,14 @@ func (c *conn) waitIdle(atMost time.Duration) {
 		c.mu.waiting = !idle
 		c.mu.Unlock()
 		if idle {
-			return
+			return true
 		}
 		select {
 		case <-c.wake:
 		case <-done:
-			return
+			return false
 		case <-timeout:
-			return
+			return false
 		}
 	}
 }

@@ -53,8 +53,9 @@ type Client struct {
 	// Gone reports whether the client has closed its end, even when bytes
 	// that it sent before are still unread. It costs a system call.
 	Gone func() bool
-	// Kill ends the connection at once, without answering what is in flight.
-	// It may be called from any goroutine, more than once.
+	// Kill ends the connection at once, without answering what is in flight; for
+	// ErrSessionLost, once that is answered. It may be called from any goroutine,
+	// more than once.
 	Kill func(reason error)
 }
 
@@ -78,8 +79,9 @@ type Session interface {
 	// Info.MetaContexts, with its parameter). The returned id goes into
 	// Request.Contexts.
 	MetaContext(name string) (id uint32, err error)
-	// Close ends the session. In-flight requests that no peer has been sent
-	// yet are dropped; each still gets its Complete.
+	// Close ends the session, and may be called again. In-flight requests that no
+	// peer has been sent yet are dropped. Each one in flight gets its Complete now,
+	// unless a disk is at it: the memory of its payload is given back then.
 	Close()
 }
 

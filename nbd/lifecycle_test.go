@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -253,6 +254,55 @@ func TestSessionLost(t *testing.T) {
 	if len(got) != 16+512+16 || !bytes.Contains(got, simple(0, 1)) || !bytes.Contains(got, simple(108, 2)) {
 		t.Errorf("%d bytes: %.80x", len(got), got)
 	}
+	<-h.closed
+}
+
+// A session that is told of its loss by Client.Kill is ended once what it has in
+// flight is answered; one that is idle, at once.
+func TestLostSessionAnswers(t *testing.T) {
+	lost := fmt.Errorf("%w: test", nbd.ErrSessionLost)
+	h := hold(one())
+	addr := serve(t, h)
+	conn := enter(t, addr)
+	client := <-h.opened
+	send(t, conn, cat(request(nbdtest.CmdFlush, 0, 1, 0, 0), request(nbdtest.CmdFlush, 0, 2, 0, 0)))
+	<-h.arrived
+	<-h.arrived
+	client.Kill(lost)
+	<-h.closed
+	h.release()
+	got := read(t, conn, 32)
+	if !bytes.Contains(got, simple(108, 1)) || !bytes.Contains(got, simple(108, 2)) {
+		t.Errorf("%x", got)
+	}
+	wantClosed(t, conn)
+
+	conn = enter(t, addr)
+	client = <-h.opened
+	client.Kill(lost)
+	wantClosed(t, conn)
+	<-h.closed
+}
+
+// TestDisconnectDoesAll: a client that has said DISC and is gone has all done that
+// it asked for, also when the answer to a part of it finds nobody.
+func TestDisconnectDoesAll(t *testing.T) {
+	h := hold(one())
+	conn := enter(t, serve(t, h))
+	send(t, conn, request(nbdtest.CmdFlush, 0, 1, 0, 0))
+	<-h.arrived
+	h.mu.Lock()
+	first := h.waiting[0]
+	h.waiting = nil
+	h.mu.Unlock()
+	send(t, conn, cat(request(nbdtest.CmdFlush, 0, 2, 0, 0), request(nbdtest.CmdDisc, 0, 3, 0, 0)))
+	<-h.arrived
+	conn.Close()
+	first() // its answer finds the socket closed
+	if settled(func() int64 { return int64(len(h.closed)) }) != 0 {
+		t.Error("the session was closed before the second request was done")
+	}
+	h.release()
 	<-h.closed
 }
 

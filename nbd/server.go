@@ -443,7 +443,7 @@ func (v *exportView) open(name string) (Session, error) {
 		return nil, ErrNoExport
 	}
 	c := v.c
-	s, err := c.srv.exports.Open(v.ctx, name, Client{Remote: c.remote, Local: c.local, Gone: c.gone, Kill: c.kill})
+	s, err := c.srv.exports.Open(v.ctx, name, Client{Remote: c.remote, Local: c.local, Gone: c.gone, Kill: c.end})
 	if err != nil {
 		return nil, err
 	}

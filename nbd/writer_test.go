@@ -60,7 +60,7 @@ func TestInlineSends(t *testing.T) {
 	if n := <-taken; n != total {
 		t.Errorf("%d of %d bytes came", n, total)
 	}
-	c.waitIdle(0)
+	c.waitIdle(0, nil)
 	c.kill(errDisconnected)
 	if used := s.budget.inUse(); used != 0 {
 		t.Errorf("%d bytes of the budget are lost", used)

@@ -128,7 +128,12 @@ func (e exports) Open(ctx context.Context, name string, c nbd.Client) (nbd.Sessi
 	if err != nil {
 		return nil, err
 	}
-	client := replication.Client{Remote: c.Remote, Local: c.Local, Gone: c.Gone, Kill: c.Kill}
+	client := replication.Client{Remote: c.Remote, Local: c.Local, Gone: c.Gone, Kill: func(reason error) {
+		if errors.Is(reason, replication.ErrGeneration) {
+			reason = nbdError(reason)
+		}
+		c.Kill(reason)
+	}}
 	for {
 		s, err := e.open(ctx, t, client)
 		switch {
