@@ -4,11 +4,14 @@ import "sync"
 
 // budget is the payload memory that all connections share, beyond what each
 // may always use. A connection gets at most as much as is left free after it,
-// so that a few that hold theirs for long leave something for the others.
+// so that a few that hold theirs for long leave something for the others. An
+// export may hold them for ever (no quorum): another one that has nothing of the
+// budget gets room for one request all the same, beyond the limit if need be.
 type budget struct {
 	mu      sync.Mutex
 	limit   int64
 	used    int64
+	exports map[string]int64 // who uses it
 	waiting []*conn
 }
 
@@ -17,9 +20,11 @@ type budget struct {
 func (b *budget) take(c *conn, held, n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	export := b.exports[c.export]
 	// A single request that the reserve cannot hold goes by what is free.
-	if b.used+n <= b.limit && (held == 0 || held+n <= b.limit-b.used) {
+	if export == 0 || b.used+n <= b.limit && (held == 0 || held+n <= b.limit-b.used) {
 		b.used += n
+		b.exports[c.export] = export + n
 		return true
 	}
 	for _, w := range b.waiting {
@@ -31,10 +36,13 @@ func (b *budget) take(c *conn, held, n int64) bool {
 	return false
 }
 
-// give returns n bytes.
-func (b *budget) give(n int64) {
+// give returns n bytes of c's.
+func (b *budget) give(c *conn, n int64) {
 	b.mu.Lock()
 	b.used -= n
+	if b.exports[c.export] -= n; b.exports[c.export] == 0 {
+		delete(b.exports, c.export)
+	}
 	waiting := b.waiting
 	b.waiting = nil
 	b.mu.Unlock()

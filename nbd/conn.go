@@ -426,7 +426,7 @@ func (c *conn) retire(qs []*request) {
 	c.mu.waiting = false
 	c.mu.Unlock()
 	if given > 0 {
-		c.srv.budget.give(given)
+		c.srv.budget.give(c, given)
 	}
 	if wake {
 		c.wakeReader()

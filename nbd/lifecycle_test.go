@@ -257,6 +257,63 @@ func TestSessionLost(t *testing.T) {
 	<-h.closed
 }
 
+// TestBudgetAcrossExports: the clients of an export that answers nothing hold all of
+// the budget, and another export's large requests are served all the same, one at a
+// time.
+func TestBudgetAcrossExports(t *testing.T) {
+	stuck := hold(nbdtest.Exports{"v": nbdtest.NewMemDevice(64 << 20)})
+	both := twoExports{stuck, nbdtest.Exports{"w": nbdtest.NewMemDevice(64 << 20)}}
+	const total = 32 << 20
+	s, addr := serveOn(t, "tcp://127.0.0.1:0", both, nbd.Config{Limits: nbd.Limits{BytesTotal: total}})
+	used := func() int64 { return s.Stats().BudgetUsed }
+	var conns []net.Conn
+	for range 8 {
+		c := enter(t, addr)
+		conns = append(conns, c)
+		send(t, c, bytes.Repeat(request(nbdtest.CmdRead, 0, 9, 0, 4<<20), 10))
+	}
+	if got := settled(used); got < total-4<<20 || got > total {
+		t.Errorf("%d MiB of the budget are taken", got>>20)
+	}
+	errs := make(chan error)
+	for range 3 {
+		c := dial(t, addr, "w", nbdtest.Options{})
+		go func() { errs <- c.ReadAt(t.Context(), make([]byte, nbd.PayloadMax), 0) }()
+	}
+	for range 3 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if got := settled(used); got > total {
+		t.Errorf("%d MiB of the budget are taken at the end", got>>20)
+	}
+	for _, c := range conns {
+		c.Close()
+	}
+	eventually(t, "all is given back", func() bool { stuck.release(); return used() == 0 })
+}
+
+// twoExports shows v, of the first, and w, of the second.
+type twoExports [2]nbd.Exports
+
+func (x twoExports) of(name string) nbd.Exports {
+	if name == "v" {
+		return x[0]
+	}
+	return x[1]
+}
+
+func (x twoExports) List() []string { return []string{"v", "w"} }
+
+func (x twoExports) Lookup(ctx context.Context, name string) (nbd.Info, error) {
+	return x.of(name).Lookup(ctx, name)
+}
+
+func (x twoExports) Open(ctx context.Context, name string, c nbd.Client) (nbd.Session, error) {
+	return x.of(name).Open(ctx, name, c)
+}
+
 // A session that is told of its loss by Client.Kill is ended once what it has in
 // flight is answered; one that is idle, at once.
 func TestLostSessionAnswers(t *testing.T) {

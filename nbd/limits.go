@@ -11,7 +11,8 @@ import (
 //
 //	BytesTotal + connections * (connReserveBytes + ReadBuffer + 64 KiB)
 //
-// bytes of payload and buffers are held at any time.
+// bytes of payload and buffers are held at any time; and one payload more for each
+// export whose first large request came while others had used up BytesTotal.
 type Limits struct {
 	// Requests is how many requests of one connection are in flight, from
 	// parsed to reply sent. Default 256: fio and the kernel use up to 128.
@@ -21,7 +22,8 @@ type Limits struct {
 	BytesPerConn int64
 	// BytesTotal bounds the same over all connections, not counting the 1 MiB
 	// that each one may always use. Default 128 MiB, at least 32 MiB: one request
-	// of the largest size always finds room when the others are done.
+	// of the largest size always finds room when the others are done, and when
+	// those of other exports never are.
 	BytesTotal int64
 	// ReadBuffer is how far a busy connection's read buffer grows, in bytes.
 	// Default 256 KiB.

@@ -118,7 +118,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.budget.limit = s.limits.BytesTotal
+	s.budget.limit, s.budget.exports = s.limits.BytesTotal, make(map[string]int64)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.mu.listeners = make(map[*listener]struct{})
 	s.mu.conns = make(map[*conn]struct{})
