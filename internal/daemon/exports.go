@@ -25,7 +25,17 @@ const (
 
 // exports shows the volumes to the NBD server: VOLUME on every node, and
 // VOLUME@NODE, read-only, for each replica.
-type exports struct{ d *Daemon }
+type exports struct {
+	d *Daemon
+	// old is from when on a volume is shown as this node remembers it, when it has
+	// not heard the cluster's state since its start.
+	old time.Time
+}
+
+// exports returns what the NBD server shows from now on.
+func (d *Daemon) exports() exports {
+	return exports{d: d, old: time.Now().Add(d.cfg.NBD.HandshakeTimeout / 2)}
+}
 
 // List implements nbd.Exports.
 func (e exports) List() []string {
@@ -84,17 +94,21 @@ func (e exports) find(name string) (target, error) {
 	return t, nil
 }
 
-// await is find for a daemon that may have just started: a name that is not
-// known waits until this node has heard the cluster's state, so that a client
-// that comes back at once is not told that its volume is gone.
+// await is find for a daemon that may have just started: it waits until this node
+// has heard the cluster's state, so that a client that comes back at once is not
+// told that its volume is gone, or smaller than it was. Without a Raft leader a
+// volume that is remembered is served all the same, after one such wait for all.
 func (e exports) await(ctx context.Context, name string) (target, error) {
 	for {
 		current := e.d.isCurrent()
 		t, err := e.find(name)
 		switch {
-		case err == nil || current:
+		case current, err == nil && !time.Now().Before(e.old):
 			return t, err
-		case !pause(ctx, exportPause):
+		case pause(ctx, exportPause):
+		case err == nil:
+			return t, nil
+		default:
 			return t, notYet{name}
 		}
 	}

@@ -44,7 +44,7 @@ func Inherited() ([]Socket, error) {
 // that systemd passes.
 func (d *Daemon) openNBD() error {
 	c := nbd.Config{
-		Exports: exports{d}, Logger: d.log, TLSRequire: d.cfg.NBD.TLS.Require,
+		Exports: d.exports(), Logger: d.log, TLSRequire: d.cfg.NBD.TLS.Require,
 		Limits: nbd.Limits{
 			Requests: d.cfg.NBD.MaxRequests, BytesPerConn: d.cfg.Memory.NBDConnection,
 			BytesTotal: d.cfg.Memory.NBD, Connections: d.cfg.NBD.MaxConnections,

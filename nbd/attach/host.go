@@ -65,6 +65,20 @@ func (h host) inUse(index int) bool {
 	return err == nil
 }
 
+// size returns how many bytes the kernel says that a device has; 0 when it does not
+// say.
+func (h host) size(index int) uint64 {
+	raw, err := os.ReadFile(filepath.Join(h.sys, deviceName(index), "size"))
+	if err != nil {
+		return 0
+	}
+	sectors, err := strconv.ParseUint(strings.TrimSpace(string(raw)), 10, 54)
+	if err != nil {
+		return 0
+	}
+	return sectors * sectorBytes
+}
+
 // find looks for the device with that identifier.
 func (h host) find(backend string) (int, bool) {
 	entries, err := os.ReadDir(h.sys)

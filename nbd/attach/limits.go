@@ -10,6 +10,8 @@ const (
 	// tables and images made elsewhere, and databases with direct I/O on
 	// 512-byte sectors, go on working. File systems choose 4 KiB themselves.
 	logicalBlock = 512
+	// sectorBytes is the unit of sizes in sysfs, whatever the device's block is.
+	sectorBytes = 512
 	// handshakeTime bounds the handshake with our own server.
 	handshakeTime = 10 * time.Second
 	// ioTimeout is how old a request must be before the kernel asks whether its

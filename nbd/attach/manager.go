@@ -120,7 +120,7 @@ func (m *Manager) Start() error {
 			continue
 		}
 		r.Index = index
-		d := m.newDevice(r, 0)
+		d := m.newDevice(r, m.host.size(index))
 		m.devices[r.Volume] = d
 		kernel, err := m.kernelLocked()
 		if err != nil {
@@ -378,7 +378,11 @@ func (m *Manager) reopen(kernel driver, d *device, said *string) *link {
 	if err == nil {
 		// Asked again, now that a session is open: one of a later generation
 		// must not reach the device.
-		if err = m.cfg.Check(d.Record); err == nil {
+		if err = m.cfg.Check(d.Record); err == nil && l.export.size < d.told() {
+			// The end of the device would fail its I/O.
+			err = errors.New("this node's cluster state is not up to date yet: the volume has been larger")
+		}
+		if err == nil {
 			err = d.tell(kernel, l.export.size, Options{Sockets: []*os.File{l.theirs}, DeadTimeout: m.cfg.DeadTimeout})
 		}
 		if err == nil {

@@ -65,7 +65,7 @@ func (f *fakeDriver) Connect(index int, o Options) (int, error) {
 	if f.backend[index] != "" {
 		return 0, ErrBusy
 	}
-	f.backend[index], f.sizes[index] = o.Backend, o.Size
+	f.backend[index] = o.Backend
 	f.keep(index, o.Sockets)
 	dir := filepath.Join(f.sys, deviceName(index))
 	if err := os.MkdirAll(filepath.Join(dir, "queue"), 0o700); err != nil {
@@ -76,8 +76,16 @@ func (f *fakeDriver) Connect(index int, o Options) (int, error) {
 			f.t.Error(err)
 		}
 	}
+	f.setSize(index, o.Size)
 	f.taken <- index
 	return index, nil
+}
+
+func (f *fakeDriver) setSize(index int, size uint64) {
+	f.sizes[index] = size
+	if err := os.WriteFile(filepath.Join(f.sys, deviceName(index), "size"), fmt.Appendln(nil, size/512), 0o600); err != nil {
+		f.t.Error(err)
+	}
 }
 
 func (f *fakeDriver) Reconfigure(index int, o Options) error {
@@ -87,7 +95,7 @@ func (f *fakeDriver) Reconfigure(index int, o Options) error {
 		return ErrNotConnected
 	}
 	if o.Size != 0 {
-		f.sizes[index] = o.Size
+		f.setSize(index, o.Size)
 	}
 	if len(o.Sockets) > 0 {
 		f.keep(index, o.Sockets)
@@ -128,12 +136,14 @@ func (f *fakeDriver) last(index int) net.Conn {
 type fakeServer struct {
 	mu    sync.Mutex
 	conns []net.Conn
-	end   error // what a connection's end is reported as
+	size  uint64 // 0: 1 MiB
+	end   error  // what a connection's end is reported as
 }
 
 func (s *fakeServer) serve(c net.Conn, _ bool) error {
 	s.mu.Lock()
 	s.conns = append(s.conns, c)
+	size := max(s.size, 1<<20)
 	s.mu.Unlock()
 	defer c.Close()
 	b := binary.BigEndian.AppendUint64(nil, magicInit)
@@ -149,7 +159,7 @@ func (s *fakeServer) serve(c net.Conn, _ bool) error {
 	if _, err := io.CopyN(io.Discard, c, int64(binary.BigEndian.Uint32(head[16:]))); err != nil {
 		return err
 	}
-	b = optReply(nil, repInfo, append(binary.BigEndian.AppendUint64([]byte{0, 0}, 1<<20), 0x01, 0x6d))
+	b = optReply(nil, repInfo, append(binary.BigEndian.AppendUint64([]byte{0, 0}, size), 0x01, 0x6d))
 	if _, err := c.Write(optReply(b, repAck, nil)); err != nil {
 		return err
 	}
@@ -167,6 +177,12 @@ func optReply(b []byte, typ uint32, data []byte) []byte {
 	b = binary.BigEndian.AppendUint32(b, typ)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
 	return append(b, data...)
+}
+
+func (s *fakeServer) resize(size uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.size = size
 }
 
 func (s *fakeServer) crash() {
@@ -424,11 +440,51 @@ func TestResize(t *testing.T) {
 	is("grown,", 3<<20)
 	s.Resize("db", 2<<20) // older news
 	is("told older news,", 3<<20)
+	s.server.resize(3 << 20)
 	s.server.crash()
 	wait(t, d.taken)
 	is("reconnected,", 3<<20)
 	s.Resize("nosuch", 4<<20)
 	is("another volume grown,", 3<<20)
+}
+
+// TestRestartBeforeTheNews: the daemon restarts, and its cluster state is for a
+// moment of before a volume grew, as from an older snapshot. The device does not
+// shrink, and is not served before the daemon takes requests for all of it.
+func TestRestartBeforeTheNews(t *testing.T) {
+	d := newFakeDriver(t)
+	path := filepath.Join(t.TempDir(), "attachments.json")
+	first := newScene(t, path, d)
+	if _, err := first.Attach(t.Context(), Record{Volume: "db", ID: "1"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, d.taken)
+	first.Resize("db", 3<<20)
+	first.stop()
+	second := newScene(t, path, d)
+	defer second.stop()
+	opened := make(chan struct{}, 64)
+	second.check = func(Record) error {
+		opened <- struct{}{}
+		return nil
+	}
+	if err := second.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 { // the third is of another attempt
+		select {
+		case <-opened:
+		case <-d.taken:
+			t.Fatal("it is served by a daemon that knows less of it")
+		}
+	}
+	second.server.resize(4 << 20)
+	wait(t, d.taken)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.sizes[0] != 4<<20 {
+		t.Errorf("the device has %d bytes", d.sizes[0])
+	}
 }
 
 // TestDetachStillOpen: a device that is open when it is detached fails all I/O
