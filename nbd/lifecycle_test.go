@@ -257,6 +257,23 @@ func TestSessionLost(t *testing.T) {
 	<-h.closed
 }
 
+// TestStatusCounts: the answers to block status count against the limits, since each
+// may be of many extents.
+func TestStatusCounts(t *testing.T) {
+	h := hold(one())
+	s, addr := serveOn(t, "tcp://127.0.0.1:0", h)
+	conn := enter(t, addr, nbdtest.OptStructuredReply, nbdtest.OptSetMetaContext)
+	const sent, each = 20, 2 * 128 << 10 // two contexts
+	send(t, conn, bytes.Repeat(request(nbdtest.CmdBlockStatus, 0, 9, 0, 1<<20), sent))
+	send(t, conn, request(nbdtest.CmdBlockStatus, uint16(nbdtest.ReqOne), 9, 0, 1<<20))
+	eventually(t, "all have come", func() bool { return h.now.Load() == sent+1 })
+	if got := s.Stats().PayloadBytes; got != sent*each {
+		t.Errorf("%d KiB are in flight, want %d", got>>10, sent*each>>10)
+	}
+	h.release()
+	eventually(t, "all is given back", func() bool { return s.Stats().PayloadBytes == 0 })
+}
+
 // TestBudgetAcrossExports: the clients of an export that answers nothing hold all of
 // the budget, and another export's large requests are served all the same, one at a
 // time.

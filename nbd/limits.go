@@ -17,8 +17,8 @@ type Limits struct {
 	// Requests is how many requests of one connection are in flight, from
 	// parsed to reply sent. Default 256: fio and the kernel use up to 128.
 	Requests int
-	// BytesPerConn bounds the payload bytes, of reads and writes, that one
-	// connection has in flight. Default 32 MiB, which is also the least.
+	// BytesPerConn bounds the payload bytes, of reads, writes and the answers to
+	// block status, that one connection has in flight. Default 32 MiB, which is also the least.
 	BytesPerConn int64
 	// BytesTotal bounds the same over all connections, not counting the 1 MiB
 	// that each one may always use. Default 128 MiB, at least 32 MiB: one request
@@ -100,9 +100,13 @@ const (
 	// contextsMax bounds the meta contexts of one session.
 	contextsMax = 16
 
-	// extentsMax bounds the extents of one block status chunk; the protocol
-	// says at most 2^20. 64 Ki of them are 1 MiB of extended reply.
-	extentsMax = 64 << 10
+	// ExtentsMax bounds the extents of one context in the answer to a block status:
+	// a session need give no more, since a client asks on behind them. The protocol
+	// says at most 2^20.
+	ExtentsMax = 4096
+	// statusBytes is what the answer to a block status counts for in the budget, for
+	// each context: its extents, and as they are sent.
+	statusBytes = ExtentsMax * (16 + 16)
 	// holeRunsMax is how many chunks a sparse read is split into at most; one
 	// with more runs travels as data.
 	holeRunsMax = 32

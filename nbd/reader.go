@@ -81,8 +81,14 @@ func (c *conn) take(h requestHeader, v verdict, started int64) error {
 		return c.refuse(h, v, started)
 	}
 	var held int64
-	if v.op == OpRead || v.op == OpWrite {
+	switch v.op {
+	case OpRead, OpWrite:
 		held = int64(h.length)
+	case OpBlockStatus:
+		if h.flags&cmdFlagReqOne == 0 {
+			held = int64(len(c.contexts)) * statusBytes
+		}
+	case OpFlush, OpTrim, OpZero, OpCache:
 	}
 	q, err := c.admit(held)
 	if err != nil {

@@ -185,7 +185,7 @@ func (c *conn) clip(q *request, s *Status) error {
 	if c.gate.blockMin > 1 {
 		s.Extents = alignExtents(s.Extents, c.gate.blockMin, s.Context == ContextAllocation)
 	}
-	most := min(extentsMax, int(c.gate.payloadMax/16))
+	most := min(ExtentsMax, int(c.gate.payloadMax/16))
 	left := q.Length
 	out := s.Extents[:0]
 	for _, e := range s.Extents {

@@ -121,15 +121,15 @@ func (c *changes) update(d *Daemon, id ident.Volume, patience time.Duration) (*b
 	return b, nil
 }
 
-// dirtyExtents are the runs of changed and unchanged blocks of a range; all of it has
-// changed when that is not known (nil).
-func dirtyExtents(b *bitmap.Bitmap, off, length uint64) []nbd.Extent {
+// dirtyExtents are the first runs, as many as limit says, of changed and unchanged
+// blocks of a range; all of it has changed when that is not known (nil).
+func dirtyExtents(b *bitmap.Bitmap, off, length uint64, limit int) []nbd.Extent {
 	if b == nil {
 		return []nbd.Extent{{Length: length, Flags: dirtyFlag}}
 	}
 	var out []nbd.Extent
 	end := off + length
-	for at := off; at < end; {
+	for at := off; at < end && len(out) < limit; {
 		from, n, ok := b.Next(at, end-at+bitmap.BlockSize)
 		from = max(from, at)
 		if !ok || from >= end {
@@ -137,6 +137,8 @@ func dirtyExtents(b *bitmap.Bitmap, off, length uint64) []nbd.Extent {
 		}
 		if from > at {
 			out = append(out, nbd.Extent{Length: from - at})
+			at = from
+			continue
 		}
 		start := from - from%bitmap.BlockSize
 		stop := min(start+n, end)

@@ -12,6 +12,7 @@ import (
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/nbd"
 	"github.com/blockstep/blockstep/nbd/nbdtest"
+	"github.com/blockstep/blockstep/replication"
 	"github.com/blockstep/blockstep/replication/bitmap"
 )
 
@@ -31,13 +32,38 @@ func TestDirtyExtentsCoverTheRangeExactly(t *testing.T) {
 	b := bitmap.New()
 	b.Mark(8192, 4096)
 	b.Mark(20000, 1) // the block at 16384
-	got := dirtyExtents(b, 9000, 20000)
+	got := dirtyExtents(b, 9000, 20000, 100)
 	want := []nbd.Extent{{Length: 3288, Flags: dirtyFlag}, {Length: 4096}, {Length: 4096, Flags: dirtyFlag}, {Length: 8520}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Fatalf("extents (-want +got):\n%s", diff)
 	}
-	if got := dirtyExtents(bitmap.New(), 0, 100); len(got) != 1 || got[0].Length != 100 || got[0].Flags != 0 {
+	if got := dirtyExtents(bitmap.New(), 0, 100, 100); len(got) != 1 || got[0].Length != 100 || got[0].Flags != 0 {
 		t.Fatalf("extents of nothing: %v", got)
+	}
+}
+
+// However much has changed, in however many places, an answer has no more extents
+// than a client is sent.
+func TestDirtyExtentsAreBounded(t *testing.T) {
+	b := bitmap.New()
+	const span = 1 << 30
+	for off := uint64(0); off < span; off += 2 * bitmap.BlockSize {
+		b.Mark(off, bitmap.BlockSize)
+	}
+	for _, limit := range []int{1, 2, 3, nbd.ExtentsMax} {
+		for _, off := range []uint64{0, 4096, 8192 + 512} {
+			if got := dirtyExtents(b, off, span-off, limit); len(got) != limit {
+				t.Errorf("%d extents from %d on, of a limit of %d", len(got), off, limit)
+			}
+		}
+	}
+	for i, n := range []int{1, nbd.ExtentsMax} { // as a client's request has it
+		c := &carried{dirty: []*bitmap.Bitmap{b}}
+		c.Extents = []replication.Extent{{Len: span}}
+		c.takeStatus(&nbd.Request{Op: nbd.OpBlockStatus, Length: span, Contexts: []uint32{1}, ReqOne: i == 0})
+		if got := len(c.status[0].Extents); got != n {
+			t.Errorf("%d extents, want %d", got, n)
+		}
 	}
 }
 

@@ -306,13 +306,17 @@ func (c *carried) takeStatus(r *nbd.Request) {
 		c.runs = append(c.runs, nbd.Extent{Length: uint64(e.Len), Flags: e.Flags})
 		covered += uint64(e.Len)
 	}
+	limit := nbd.ExtentsMax
+	if r.ReqOne {
+		limit = 1
+	}
 	for _, id := range r.Contexts {
 		switch {
 		case id == nbd.ContextAllocation:
 			c.status = append(c.status, nbd.Status{Context: id, Extents: c.runs})
 		case int(id) <= len(c.dirty):
 			// As far as the allocation is told, so that both end alike.
-			c.status = append(c.status, nbd.Status{Context: id, Extents: dirtyExtents(c.dirty[id-1], r.Offset, min(covered, r.Length))})
+			c.status = append(c.status, nbd.Status{Context: id, Extents: dirtyExtents(c.dirty[id-1], r.Offset, min(covered, r.Length), limit)})
 		}
 	}
 	r.Status = c.status
