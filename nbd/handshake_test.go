@@ -2,6 +2,7 @@ package nbd_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
@@ -396,6 +397,46 @@ func TestMetaContextOfAnotherExport(t *testing.T) {
 	if got := errorChunk(t, h.Conn); got != nbdtest.EINVAL {
 		t.Errorf("BLOCK_STATUS without a context: %v", got)
 	}
+}
+
+// TestMetaContextsOutliveAFailedGo: what was selected for an export counts until it is
+// entered, also if that was tried before in vain.
+func TestMetaContextsOutliveAFailedGo(t *testing.T) {
+	e := &shut{Exports: one()}
+	h := begin(t, serve(t, e))
+	for _, s := range []step{
+		{nbdtest.OptStructuredReply, nil, nil},
+		{nbdtest.OptSetMetaContext, nbdtest.MetaData("v", "base:allocation"), nil},
+	} {
+		if _, err := h.Ask(s.opt, s.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.now = true
+	for _, name := range []string{"v", "nosuch"} {
+		if _, err := h.Ask(nbdtest.OptGo, nbdtest.GoData(name)); err == nil {
+			t.Errorf("GO of %s succeeded", name)
+		}
+	}
+	e.now = false
+	wantAlive(t, h)
+	send(t, h.Conn, request(nbdtest.CmdBlockStatus, 0, 1, 0, 4096))
+	if got := read(t, h.Conn, 20); binary.BigEndian.Uint16(got[6:]) != 5 { // NBD_REPLY_TYPE_BLOCK_STATUS
+		t.Errorf("BLOCK_STATUS is answered with a chunk of type %d", binary.BigEndian.Uint16(got[6:]))
+	}
+}
+
+// shut refuses to open anything for a time.
+type shut struct {
+	nbd.Exports
+	now bool // changed between two options
+}
+
+func (s *shut) Open(ctx context.Context, name string, c nbd.Client) (nbd.Session, error) {
+	if s.now {
+		return nil, errors.New("not now")
+	}
+	return s.Exports.Open(ctx, name, c)
 }
 
 func TestAllowListAndReadOnly(t *testing.T) {

@@ -49,7 +49,7 @@ func (c *conn) inspect(now int64) {
 		w.read, w.readSince = read, now
 	}
 	sending := c.sending.Load()
-	if sent != w.sent || !sending {
+	if sent != w.sent || !sending || w.sentSince == 0 {
 		w.sent, w.sentSince = sent, now
 	}
 	l := &c.srv.limits

@@ -37,15 +37,23 @@ func (m *metaSelection) drop() {
 	*m = metaSelection{}
 }
 
-// take hands over the selection for an export; one for another export is void.
-func (m *metaSelection) take(export string) (Session, []string, []uint32) {
+// sessionOf returns the session that is open for the export, if there is one.
+func (m *metaSelection) sessionOf(export string) Session {
+	if m.export != export {
+		return nil
+	}
+	return m.session
+}
+
+// take hands over the selection for an export, and its session; one for another
+// export is void.
+func (m *metaSelection) take(export string) ([]string, []uint32) {
 	if m.export != export {
 		m.drop()
-		return nil, nil, nil
 	}
-	s, names, ids := m.session, m.names, m.ids
+	names, ids := m.names, m.ids
 	*m = metaSelection{}
-	return s, names, ids
+	return names, ids
 }
 
 // wireContext is a context's id on the wire. It differs from the session's.

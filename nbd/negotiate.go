@@ -395,18 +395,22 @@ func (n *negotiation) infoOrGo(data, out []byte) ([]byte, outcome, error) {
 // enter opens the session that transmission will use, or takes the one that
 // SET_META_CONTEXT opened for the same name.
 func (n *negotiation) enter(name string) error {
-	s, names, ids := n.meta.take(name)
+	s, opened := n.meta.sessionOf(name), false
 	if s == nil {
 		var err error
 		if s, err = n.server.open(name); err != nil {
-			return err
+			return err // and the selection stays: the client may try again
 		}
+		opened = true
 	}
 	info, err := s.Info().normal()
 	if err != nil {
-		s.Close()
+		if opened {
+			s.Close()
+		}
 		return err
 	}
+	names, ids := n.meta.take(name)
 	n.name, n.session, n.info = name, s, info
 	if len(names) > 0 {
 		n.ids = ids

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"io"
+	"log/slog"
 	"net"
 	"testing"
 	"time"
@@ -64,6 +65,27 @@ func TestInlineSends(t *testing.T) {
 	c.kill(errDisconnected)
 	if used := s.budget.inUse(); used != 0 {
 		t.Errorf("%d bytes of the budget are lost", used)
+	}
+}
+
+// TestFirstReplyTakesItsTime: the janitor of a server that has been up for long finds
+// a young connection, whose first reply is just being written.
+func TestFirstReplyTakesItsTime(t *testing.T) {
+	here, there := net.Pipe()
+	defer here.Close()
+	defer there.Close()
+	s := &Server{limits: Limits{Stall: time.Minute}, log: slog.New(slog.DiscardHandler)}
+	c := s.newConn(&listener{}, here)
+	c.sending.Store(true)
+	up := int64(time.Hour)
+	c.inspect(up)
+	c.inspect(up + int64(time.Minute) - 1)
+	if c.gone() {
+		t.Errorf("killed after less than the stall time: %v", c.reason)
+	}
+	c.inspect(up + int64(time.Minute))
+	if !c.gone() {
+		t.Error("not killed after the stall time")
 	}
 }
 
