@@ -521,6 +521,39 @@ func TestConnectionLimits(t *testing.T) {
 	}
 }
 
+// TestStrangersKeepNobodyOut: connections across the network that say nothing leave
+// room for local clients; the kernel's own find it also when there is none.
+func TestStrangersKeepNobodyOut(t *testing.T) {
+	s, remote := serveOn(t, "tcp://127.0.0.1:0", one(), nbd.Config{Limits: nbd.Limits{Connections: 8}})
+	local := "unix://" + filepath.Join(t.TempDir(), "s")
+	ln, err := nbd.Listen(local, nbd.SocketOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(ctx, ln, nbd.ListenerOptions{}) }()
+	for range 6 {
+		read(t, rawDial(t, remote), 18)
+	}
+	wantClosed(t, rawDial(t, remote))
+	enter(t, local)
+	enter(t, local)
+	wantClosed(t, rawDial(t, local)) // now there is no room
+
+	ours, theirs := net.Pipe()
+	ended := make(chan error, 1)
+	go func() { ended <- s.ServeConn(ours, nbd.ListenerOptions{}) }() // its handshake is given up
+	read(t, theirs, 18)
+	theirs.Close()
+	<-ended
+	cancel()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestListen(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	ln, err := nbd.Listen("unix://"+path, nbd.SocketOptions{Mode: 0o620, Group: "0"})

@@ -28,7 +28,8 @@ type Limits struct {
 	// ReadBuffer is how far a busy connection's read buffer grows, in bytes.
 	// Default 256 KiB.
 	ReadBuffer int
-	// Connections bounds those of all listeners together. Default 1024.
+	// Connections bounds those of all listeners together; three quarters of it
+	// those by TCP that have not chosen an export yet. Default 1024.
 	Connections int
 	// Handshake is the time from accept to the end of negotiation, TLS
 	// included. Default 30 s.

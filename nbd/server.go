@@ -93,6 +93,7 @@ type Server struct {
 		sync.Mutex
 		listeners map[*listener]struct{}
 		conns     map[*conn]struct{}
+		own       int // of conns: by ServeConn, which no limit refuses
 		stopping  bool
 		started   bool          // the janitor
 		empty     chan struct{} // closed when the last connection has gone, made by Shutdown
@@ -218,6 +219,30 @@ func (s *Server) snapshot() []*conn {
 	return list
 }
 
+// fullLocked reports whether there is no room for c. A quarter of it is not for
+// clients across the network that have chosen no export yet: whoever can only reach
+// the port keeps no others out.
+func (s *Server) fullLocked(c *conn) bool {
+	most := s.limits.Connections
+	n := len(s.mu.conns) - s.mu.own
+	if n >= most || c.unix() || n < most-most/4 {
+		return n >= most
+	}
+	strangers := 0
+	for o := range s.mu.conns {
+		if !o.unix() && !o.serving.Load() {
+			strangers++
+		}
+	}
+	return strangers >= most-most/4
+}
+
+// unix reports whether the client came by a unix socket.
+func (c *conn) unix() bool {
+	_, ok := c.raw.(*net.UnixConn)
+	return ok
+}
+
 // accept starts a connection, or refuses it when there are too many.
 func (s *Server) accept(l *listener, raw net.Conn) {
 	s.stats.accepted.Add(1)
@@ -226,7 +251,7 @@ func (s *Server) accept(l *listener, raw net.Conn) {
 	}
 	c := s.newConn(l, raw)
 	s.mu.Lock()
-	full := len(s.mu.conns) >= s.limits.Connections || l.Connections > 0 && int(l.conns.Load()) >= l.Connections
+	full := s.fullLocked(c) || l.Connections > 0 && int(l.conns.Load()) >= l.Connections
 	if full || s.mu.stopping {
 		s.mu.Unlock()
 		s.stats.refused.Add(1)
