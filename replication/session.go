@@ -189,7 +189,7 @@ func (s *Session) end(reason error) {
 
 // Close ends the session. Requests that have not been let through are dropped;
 // each one in flight gets its Complete now, also one that is in the log and not
-// committed: it may yet be. Only reads wait for the disk that they are in.
+// committed: it may yet be. Only reads that the disk has, or has next, wait for it.
 func (s *Session) Close() {
 	s.closed.Store(true)
 	s.v.dropSession(s, ErrClosed)
