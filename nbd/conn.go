@@ -73,6 +73,7 @@ type conn struct {
 		dead       bool     // write nothing more
 		lost       bool     // the session ended: close once all is answered
 		waiting    bool     // the reader waits on wake
+		admitting  bool     // for room: it does not see the client go
 		inflight   int      // requests from admitted to answered
 		bytes      int64    // their payload
 	}
@@ -370,6 +371,7 @@ func (c *conn) waitIdle(atMost time.Duration, done <-chan struct{}) bool {
 func (c *conn) admit(n int64) (*request, error) {
 	for {
 		c.mu.Lock()
+		c.mu.admitting = false
 		if c.mu.inflight < c.srv.limits.Requests && c.fitsLocked(n) {
 			c.mu.inflight++
 			c.mu.bytes += n
@@ -385,7 +387,7 @@ func (c *conn) admit(n int64) (*request, error) {
 			q.admitted = n
 			return q, nil
 		}
-		c.mu.waiting = true
+		c.mu.waiting, c.mu.admitting = true, true
 		c.mu.Unlock()
 		c.uncork() // what has not been started never makes room
 		select {

@@ -15,10 +15,12 @@ type stallWatch struct {
 var (
 	errStalledRequest = errors.New("nbd: the client stopped in the middle of a request")
 	errStalledReply   = errors.New("nbd: the client takes no replies")
+	errGone           = errors.New("nbd: the client has gone, with requests unread")
 	errIdle           = errors.New("nbd: no request for the idle time-out")
 )
 
-// runJanitor ends connections that are stalled or idle. One for all spares
+// runJanitor ends connections that are stalled or idle, and those whose client went
+// while the reader waited for room. One for all spares
 // each read and write the cost of a deadline.
 func (s *Server) runJanitor() {
 	every := s.limits.Stall / 4
@@ -54,12 +56,14 @@ func (c *conn) inspect(now int64) {
 	}
 	l := &c.srv.limits
 	c.mu.Lock()
-	busy := c.mu.inflight > 0
+	busy, admitting := c.mu.inflight > 0, c.mu.admitting
 	c.mu.Unlock()
 	if busy && !c.midRequest.Load() {
 		w.readSince = now
 	}
 	switch {
+	case admitting && c.gone():
+		c.kill(errGone) // what it holds may be needed by others
 	case c.midRequest.Load() && now-w.readSince >= int64(l.Stall):
 		c.kill(errStalledRequest)
 	case sending && now-w.sentSince >= int64(l.Stall):

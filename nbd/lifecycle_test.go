@@ -274,6 +274,26 @@ func TestStatusCounts(t *testing.T) {
 	eventually(t, "all is given back", func() bool { return s.Stats().PayloadBytes == 0 })
 }
 
+// TestGoneWithAFullWindow: the reader waits for room, and so does not see that the
+// client goes. What that one holds is given back all the same.
+func TestGoneWithAFullWindow(t *testing.T) {
+	for _, listen := range []string{"unix://" + filepath.Join(t.TempDir(), "s"), "tcp://127.0.0.1:0"} {
+		h := hold(one())
+		_, addr := serveOn(t, listen, h, nbd.Config{Limits: nbd.Limits{Requests: 4, Stall: 200 * time.Millisecond}})
+		conn := enter(t, addr)
+		send(t, conn, bytes.Repeat(request(nbdtest.CmdFlush, 0, 9, 0, 0), 10))
+		for range 4 {
+			<-h.arrived
+		}
+		if settled(func() int64 { return int64(len(h.closed)) }) != 0 {
+			t.Error("the session of a client that is there is closed")
+		}
+		conn.Close()
+		<-h.closed
+		h.release()
+	}
+}
+
 // TestBudgetAcrossExports: the clients of an export that answers nothing hold all of
 // the budget, and another export's large requests are served all the same, one at a
 // time.
@@ -308,7 +328,10 @@ func TestBudgetAcrossExports(t *testing.T) {
 	for _, c := range conns {
 		c.Close()
 	}
-	eventually(t, "all is given back", func() bool { stuck.release(); return used() == 0 })
+	eventually(t, "all is given back", func() bool {
+		stuck.release()
+		return len(stuck.closed) == len(conns) && used() == 0
+	})
 }
 
 // twoExports shows v, of the first, and w, of the second.
