@@ -60,7 +60,7 @@ func (n *Node) FoundInfo() FoundInfo {
 	done := n.founding.Done
 	n.idMu.Unlock()
 	info := FoundInfo{
-		Node: id.Node, RaftID: id.RaftID, Cluster: id.Cluster, ClusterID: n.State().ClusterID,
+		Node: id.Node, RaftID: id.RaftID, Cluster: id.Cluster, ClusterID: n.clusterID(),
 		Members: n.members(), Founders: n.founderList(),
 	}
 	info.Founded = done || len(info.Members) > 0 || len(id.Founding) > 0 || id.ClusterID != ""
@@ -339,6 +339,17 @@ func (n *Node) bootstrap(infos map[ident.Node]FoundInfo) error {
 	}
 	n.log.Info("cluster founded", "cluster", n.opts.Cluster, "nodes", len(servers))
 	return nil
+}
+
+// clusterID is the id of the cluster that this node is a member of; "" before it
+// is known. After a start raft applies its log only when a leader says how far.
+func (n *Node) clusterID() string {
+	if id := n.State().ClusterID; id != "" {
+		return id
+	}
+	n.idMu.Lock()
+	defer n.idMu.Unlock()
+	return n.identity.ClusterID
 }
 
 // markMember makes durable that this node belongs to the cluster. A cluster

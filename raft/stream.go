@@ -20,7 +20,8 @@ import (
 // id it was meant. A node whose data_dir was wiped would so vote a second time,
 // and its empty log would be filled under the name of the lost one. Therefore
 // each connection begins with a greeting that names both Raft ids, and the
-// accepting side closes one that is meant for another id. docs/format/control.md.
+// accepting side closes one that is meant for another id, or comes from another
+// cluster of the same name. docs/format/control.md.
 //
 // The Raft address of a server is RAFTID@HOST:PORT, so that the dialer knows
 // whom it means without asking the cluster state.
@@ -37,6 +38,9 @@ type greeting struct {
 	Cluster string `json:"cluster"`
 	From    string `json:"from"` // Raft ids
 	To      string `json:"to"`
+	// ClusterID is what the dialer knows of the cluster's id; "" before it is
+	// named, and from a release that does not send it.
+	ClusterID string `json:"cluster_id,omitempty"`
 }
 
 type greetingReply struct {
@@ -61,6 +65,7 @@ type boundStream struct {
 	cluster string
 	self    string // our Raft id
 	address string
+	id      func() string // the cluster's id; "" while it is not known
 	dial    func(ctx context.Context, address string) (net.Conn, error)
 	l       net.Listener
 	log     *slog.Logger
@@ -75,9 +80,9 @@ type boundStream struct {
 
 var _ hraft.StreamLayer = (*boundStream)(nil)
 
-func newBoundStream(ctx context.Context, o *Options, raftID, address string) *boundStream {
+func newBoundStream(ctx context.Context, o *Options, raftID, address string, clusterID func() string) *boundStream {
 	s := &boundStream{
-		cluster: o.Cluster, self: raftID, address: address, dial: o.Dial, l: o.Listener, log: o.Logger,
+		cluster: o.Cluster, self: raftID, address: address, id: clusterID, dial: o.Dial, l: o.Listener, log: o.Logger,
 		mute: newMuteSwitch(), ready: make(chan net.Conn), slots: make(chan struct{}, greetingsMax),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -158,6 +163,7 @@ func (s *boundStream) runGreeted(raw net.Conn) {
 	conn := s.mute.bind(s.ctx, raw)
 	_ = conn.SetDeadline(time.Now().Add(greetingTimeout))
 	var g greeting
+	own := s.id()
 	if err := readJSON(conn, &g); err != nil {
 		s.log.Debug("raft: a connection did not greet", "remote", conn.RemoteAddr(), "err", err)
 		conn.Close()
@@ -169,6 +175,8 @@ func (s *boundStream) runGreeted(raw net.Conn) {
 		reply = greetingReply{Reason: fmt.Sprintf("greeting version %d, this node knows %d", g.V, greetingVersion)}
 	case g.Cluster != s.cluster:
 		reply = greetingReply{Reason: fmt.Sprintf("this node belongs to cluster %q, not %q", s.cluster, g.Cluster)}
+	case g.ClusterID != "" && own != "" && g.ClusterID != own:
+		reply = greetingReply{Reason: fmt.Sprintf("this node belongs to the cluster %q of id %s, not to that of id %s", s.cluster, own, g.ClusterID)}
 	case g.To != s.self:
 		reply = greetingReply{Reason: fmt.Sprintf("this node is %q, not %q: its data_dir is another one", s.self, g.To)}
 	}
@@ -208,7 +216,7 @@ func (s *boundStream) Dial(target hraft.ServerAddress, timeout time.Duration) (n
 func (s *boundStream) greet(ctx context.Context, conn net.Conn, to string) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	if err := writeJSON(conn, greeting{V: greetingVersion, Cluster: s.cluster, From: s.self, To: to}); err != nil {
+	if err := writeJSON(conn, greeting{V: greetingVersion, Cluster: s.cluster, From: s.self, To: to, ClusterID: s.id()}); err != nil {
 		return err
 	}
 	var r greetingReply

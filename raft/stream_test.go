@@ -14,9 +14,9 @@ import (
 	"github.com/blockstep/blockstep/internal/ident"
 )
 
-func streams(t *testing.T, n *testNet, cluster, raftID, address string) *boundStream {
+func streams(t *testing.T, n *testNet, cluster, raftID, address string, id ...string) *boundStream {
 	o := &Options{Cluster: cluster, Listener: n.listen(address), Dial: n.dialer(address), Logger: testLogger(t)}
-	return newBoundStream(t.Context(), o, raftID, address)
+	return newBoundStream(t.Context(), o, raftID, address, func() string { return strings.Join(id, "") })
 }
 
 func TestConnectionsAreBoundToRaftIDs(t *testing.T) {
@@ -50,6 +50,38 @@ func TestConnectionsAreBoundToRaftIDs(t *testing.T) {
 		} {
 			if _, err := a.Dial(hraft.ServerAddress(target), time.Second); err == nil || !strings.Contains(err.Error(), say) {
 				t.Errorf("%s: %v", target, err)
+			}
+		}
+	})
+}
+
+// Two clusters may have one name. Whoever knows no id yet, or is of a release that
+// sends none, is let in by the name.
+func TestConnectionsAreBoundToClusterIDs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newTestNet()
+		to := map[string]*boundStream{"": streams(t, n, "prod", "b/1", "b:1"), "7": streams(t, n, "prod", "b/7", "b:7", "7")}
+		for id, b := range to {
+			defer b.Close()
+			go func() {
+				for {
+					c, err := b.Accept()
+					if err != nil {
+						return
+					}
+					c.Close()
+				}
+			}()
+			for _, own := range []string{"", "7", "8"} {
+				a := streams(t, n, "prod", "a/1", "a:1", own)
+				c, err := a.Dial(hraft.ServerAddress(b.self+"@"+b.address), time.Second)
+				if want := own == "" || id == "" || own == id; (err == nil) != want || !want && !strings.Contains(err.Error(), "of id 7, not to that of id 8") {
+					t.Errorf("cluster id %q to %q: %v", own, id, err)
+				}
+				if err == nil {
+					c.Close()
+				}
+				a.Close()
 			}
 		}
 	})

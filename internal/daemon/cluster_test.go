@@ -17,8 +17,11 @@ import (
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/nbd/nbdtest"
+	"github.com/blockstep/blockstep/raft"
+	"github.com/blockstep/blockstep/raft/state"
 )
 
 // testNode is one daemon of a test, in this process.
@@ -150,6 +153,31 @@ func (n *testNode) start() {
 			n.daemon.Store(d)
 		})
 	}()
+}
+
+// beside makes the configuration of one more node, which is not started: name is
+// its node, and nodes what stands under nodes. Its files are named after dir, or
+// after the node.
+func (n *testNode) beside(name, nodes string, dir ...string) *testNode {
+	n.t.Helper()
+	base := filepath.Join(filepath.Dir(n.dir), append(dir, name)[0])
+	m := &testNode{t: n.t, name: name, dir: base, file: base + ".yaml", log: &logBuffer{}, faults: &faults{}}
+	text := fmt.Sprintf("cluster: test\nnode: %s\ndata_dir: %s\nnodes:\n%snbd: {listen: [%q]}\nadmin: {listen: %q}\n",
+		name, m.dir, nodes, "unix://"+m.sock("nbd"), "unix://"+m.sock("adm"))
+	if err := os.WriteFile(m.file, []byte(text), 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+	var err error
+	if m.client, err = control.Dial("unix://" + m.sock("adm")); err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() {
+		m.halt()
+		if n.t.Failed() {
+			n.t.Logf("log of %s:\n%s", base, m.log)
+		}
+	})
+	return m
 }
 
 // halt stops the node cleanly and waits for it.
@@ -435,6 +463,62 @@ func TestAReplacedNode(t *testing.T) {
 	}
 }
 
+// TestANodeOfAnotherCluster: neither node add nor node replace takes in what is a
+// member of another cluster of the same name, not even while that one is down.
+func TestANodeOfAnotherCluster(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, gamma := nodes["alpha"], nodes["gamma"]
+	address := freeAddress(t)
+	delta := alpha.beside("delta", "  delta: {address: "+address+"}\n")
+	own := gamma.config().Self().Address
+	gamma.halt()
+	other := alpha.beside("gamma", "  gamma: {address: "+own+"}\n", "other")
+	for _, n := range []*testNode{delta, other} {
+		n.start()
+		n.eventually(20*time.Second, "it founds its own cluster", func(ctx context.Context) error {
+			_, err := n.client.Nodes(ctx)
+			return err
+		})
+	}
+	refused := func(what string, err error, says string) {
+		t.Helper()
+		var e *control.Error
+		if !errors.As(err, &e) || e.Code != control.CodeRefused || !strings.Contains(e.Message, says) || !strings.Contains(e.Next, "empty its data_dir first") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	id := delta.daemon.Load().state().ClusterID
+	_, err := alpha.client.AddNode(t.Context(), control.AddNode{Name: "delta", Address: address})
+	refused("node add", err, "delta is a member of another cluster (id "+id+")")
+	refused("node replace", alpha.client.ChangeNode(t.Context(), "gamma", "replace"), "gamma is a member of another cluster (id "+other.daemon.Load().state().ClusterID+")")
+	if got, err := delta.client.Nodes(t.Context()); err != nil || len(got) != 1 || id == "" {
+		t.Errorf("delta's cluster has %+v, %v", got, err)
+	}
+	if got, err := alpha.client.Nodes(t.Context()); err != nil || len(got) != 3 {
+		t.Errorf("the cluster has %+v, %v", got, err)
+	}
+}
+
+// TestWhoseNodeItIs: by the id of its cluster, and before it knows that one, by the
+// members that it knows.
+func TestWhoseNodeItIs(t *testing.T) {
+	st := &state.State{ClusterID: "7", Nodes: map[ident.Node]*state.Node{"alpha": {Name: "alpha", RaftID: "alpha/1"}}}
+	for _, tc := range []struct {
+		info raft.FoundInfo
+		want string
+	}{
+		{raft.FoundInfo{}, ""},
+		{raft.FoundInfo{ClusterID: "7", Founded: true, Members: []string{"beta/2"}}, ""},
+		{raft.FoundInfo{Founded: true, Members: []string{"beta/2", "alpha/1"}}, ""},
+		{raft.FoundInfo{ClusterID: "8", Founded: true, Members: []string{"alpha/1"}}, "is a member of another cluster (id 8)"},
+		{raft.FoundInfo{Founded: true, Members: []string{"alpha/2", "beta/1"}}, "is a member of another cluster (its members: alpha/2, beta/1)"},
+	} {
+		if got := foreignTo(st, tc.info); got != tc.want {
+			t.Errorf("%+v: %q", tc.info, got)
+		}
+	}
+}
+
 // TestWitness: two replicas and a witness serve on when a replica's node goes.
 func TestWitness(t *testing.T) {
 	nodes := newCluster(t, "", "gamma")
@@ -474,23 +558,10 @@ func TestDrain(t *testing.T) {
 		t.Error("gamma is still primary")
 	}
 
-	delta := &testNode{t: t, name: "delta", dir: filepath.Join(filepath.Dir(alpha.dir), "delta"), log: &logBuffer{}}
-	delta.file = delta.dir + ".yaml"
-	raw, err := os.ReadFile(alpha.file)
-	if err != nil {
-		t.Fatal(err)
-	}
 	address := freeAddress(t)
-	text := strings.NewReplacer(alpha.dir, delta.dir, "node: alpha", "node: delta", alpha.config().Metrics.Listen, freeAddress(t),
-		"nodes:\n", fmt.Sprintf("nodes:\n  delta: {address: %q}\n", address)).Replace(string(raw))
-	if err := os.WriteFile(delta.file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if delta.client, err = control.Dial("unix://" + delta.sock("adm")); err != nil {
-		t.Fatal(err)
-	}
+	nodesOf := "  alpha: {address: " + alpha.config().Self().Address + "}\n  delta: {address: " + address + "}\n"
+	delta := alpha.beside("delta", nodesOf)
 	delta.start()
-	defer delta.halt()
 	alpha.eventually(20*time.Second, "node add", func(ctx context.Context) error {
 		_, err := alpha.client.AddNode(ctx, control.AddNode{Name: "delta", Address: address})
 		return err

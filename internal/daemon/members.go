@@ -128,7 +128,31 @@ func (b backend) newcomer(ctx context.Context, name ident.Node, address string) 
 		return info, control.Errorf(control.CodeFailed, fmt.Sprintf("start blockstepd on %s with an empty data_dir and a configuration that lists all nodes, then run this again", name),
 			"%s gives no answer at %s: %v", name, address, err)
 	}
+	if why := foreignTo(b.d.state(), info); why != "" {
+		return info, control.Errorf(control.CodeRefused, fmt.Sprintf("empty its data_dir first, and start blockstepd there again: what that cluster has on %s is lost to it", name), "%s %s", name, why)
+	}
 	return info, nil
+}
+
+// foreignTo says of which cluster a node that is to join is a member; "" when of
+// none, or of this one. To take it in would make a voter of it that two leaders
+// fill: each would cut the other's commands from its log.
+func foreignTo(st *state.State, info raft.FoundInfo) string {
+	ours := func(raftID string) bool {
+		for _, n := range st.Nodes {
+			if n.RaftID == raftID {
+				return true
+			}
+		}
+		return false
+	}
+	switch {
+	case info.ClusterID != "" && info.ClusterID != st.ClusterID:
+		return "is a member of another cluster (id " + info.ClusterID + ")"
+	case info.ClusterID == "" && info.Founded && !slices.ContainsFunc(info.Members, ours):
+		return fmt.Sprintf("is a member of another cluster (its members: %s)", strings.Join(info.Members, ", "))
+	}
+	return ""
 }
 
 // AddNode implements control.Backend.
