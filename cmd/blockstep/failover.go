@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -114,7 +115,7 @@ func (a *app) verifyCmd() *cobra.Command {
 	var r control.Verify
 	cmd := &cobra.Command{
 		Use: "verify VOLUME", Short: "Compare the replicas online", Args: named("volume", 1, 1),
-		Long: "Compares all replicas at one log position while clients go on. Exit code 1 when\nthey differ and were not repaired.",
+		Long: "Compares the replicas that are in sync, at one log position while clients go on, and\nsays which were not. Exit code 1 when they differ and were not repaired. Where very\nmuch differs it ends early and says up to where it compared; with --repair it goes on\nto the end.",
 	}
 	cmd.Flags().BoolVar(&r.Repair, "repair", false, "write what the majority has where a replica differs")
 	cmd.RunE = a.ask(0, func(ctx context.Context, c *control.Client, args []string) error {
@@ -146,13 +147,26 @@ func (a *app) verified(volume string, p control.VerifyProgress) error {
 		for _, e := range p.Found {
 			fmt.Fprintf(w, "%s differs at %d, %d bytes, repaired: %s\n", e.Node, e.Offset, e.Length, yesNo(e.Repaired))
 		}
-		if len(p.Found) == 0 {
+		if p.More > 0 {
+			fmt.Fprintf(w, "and %d ranges more, repaired: yes\n", p.More)
+		}
+		switch {
+		case len(p.LeftOut) > 0 && len(p.Found) == 0:
+			fmt.Fprintf(w, "the replicas of %s on %s are equal; not compared, since not in sync: %s (blockstep status %[1]s)\n",
+				volume, strings.Join(p.Compared, ", "), strings.Join(p.LeftOut, ", "))
+		case len(p.LeftOut) > 0:
+			fmt.Fprintf(w, "compared: %s; not, since not in sync: %s (blockstep status %s)\n", strings.Join(p.Compared, ", "), strings.Join(p.LeftOut, ", "), volume)
+		case len(p.Found) == 0:
 			fmt.Fprintf(w, "all replicas of %s are equal\n", volume)
 		}
 	}); err != nil {
 		return err
 	}
-	if open > 0 {
+	switch {
+	case open > 0 && p.DoneBytes < p.TotalBytes:
+		return control.Errorf(control.CodeFailed, fmt.Sprintf("run blockstep verify %s --repair, which goes on to the end", volume),
+			"compared up to %d of %d bytes: %d ranges differ", p.DoneBytes, p.TotalBytes, open)
+	case open > 0:
 		return control.Errorf(control.CodeFailed, fmt.Sprintf("run blockstep verify %s --repair", volume), "%d ranges differ", open)
 	}
 	return nil

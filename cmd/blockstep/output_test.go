@@ -110,3 +110,43 @@ func TestInterrupted(t *testing.T) {
 		interrupt()
 	}
 }
+
+// TestVerifyTellsWhatItCompared: who was compared, up to where, and what it ends with.
+func TestVerifyTellsWhatItCompared(t *testing.T) {
+	const found = `"found":[{"node":"beta","offset":4096,"length":8192,"repaired":false}]`
+	for _, tc := range []struct {
+		line string // of the daemon
+		code int
+		out  string
+		err  string
+	}{
+		{`"done_bytes":9,"compared":["alpha","beta","gamma"]`, 0, "all replicas of db are equal\n", ""},
+		{
+			`"done_bytes":9,"compared":["alpha","beta"],"left_out":["gamma"]`, 0,
+			"the replicas of db on alpha, beta are equal; not compared, since not in sync: gamma (blockstep status db)\n", "",
+		},
+		{
+			`"done_bytes":9,"compared":["alpha","beta"],"left_out":["gamma"],` + found, 1,
+			"beta differs at 4096, 8192 bytes, repaired: no\ncompared: alpha, beta; not, since not in sync: gamma (blockstep status db)\n",
+			"blockstep: 1 ranges differ; run blockstep verify db --repair\n",
+		},
+		{
+			`"done_bytes":7,"compared":["alpha","beta","gamma"],` + found, 1, "beta differs at 4096, 8192 bytes, repaired: no\n",
+			"blockstep: compared up to 7 of 9 bytes: 1 ranges differ; run blockstep verify db --repair, which goes on to the end\n",
+		},
+		{
+			`"done_bytes":9,"found_more":2000,` + strings.Replace(found, "false", "true", 1), 0,
+			"beta differs at 4096, 8192 bytes, repaired: yes\nand 2000 ranges more, repaired: yes\n", "",
+		},
+	} {
+		h := http.NewServeMux()
+		h.HandleFunc("POST /v1/volumes/db/verify", func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = w.Write([]byte(`{"done":true,"total_bytes":9,` + tc.line + "}\n"))
+		})
+		var out, errOut bytes.Buffer
+		code := run(t.Context(), []string{"--admin", fakeDaemon(t, h), "verify", "db"}, strings.NewReader(""), &out, &errOut)
+		if code != tc.code || out.String() != tc.out || !strings.HasSuffix(errOut.String(), "%\n"+tc.err) {
+			t.Errorf("%s: exit code %d\n%s%s", tc.line, code, out.String(), errOut.String())
+		}
+	}
+}

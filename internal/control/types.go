@@ -157,13 +157,21 @@ type Verify struct {
 	Repair bool `json:"repair,omitempty"`
 }
 
-// VerifyProgress is a line of a running verify; the last has Done.
+// VerifyProgress is a line of a running verify; the last has Done. One that has
+// compared less than all has found more than it reports, or than it could repair.
 type VerifyProgress struct {
 	DoneBytes  int64          `json:"done_bytes"`
 	TotalBytes int64          `json:"total_bytes"`
 	Done       bool           `json:"done"`
 	Found      []VerifyExtent `json:"found,omitempty"`
-	Err        *Error         `json:"error,omitempty"`
+	// More is how many ranges were found and repaired beside those of Found, of
+	// which there are not more than some.
+	More int64 `json:"found_more,omitempty"`
+	// Compared are the nodes whose replicas are compared, those that are in sync;
+	// LeftOut are the others.
+	Compared []string `json:"compared,omitempty"`
+	LeftOut  []string `json:"left_out,omitempty"`
+	Err      *Error   `json:"error,omitempty"`
 }
 
 // VerifyExtent is a range in which a replica differs.

@@ -32,7 +32,8 @@ const (
 	verifyPauses = 10
 	// verifyReport is the time between two lines of progress.
 	verifyReport = 200 * time.Millisecond
-	// verifyFoundMax bounds the ranges that one run reports and repairs.
+	// verifyFoundMax bounds the ranges that are reported, and that are repaired at a
+	// time; one chunk more may come on top of it. A line of the answer has a limit.
 	verifyFoundMax = 1000
 	// verifyHealTime is how long a repair may take to bring a replica back.
 	verifyHealTime = 5 * time.Minute
@@ -45,7 +46,9 @@ type verifier struct {
 	nodes    []ident.Node
 	sessions []*replication.Session
 	size     uint64
+	off      uint64 // up to where it has compared
 	found    []control.VerifyExtent
+	before   control.VerifyProgress // who is compared, and what earlier rounds have found and repaired
 	// undecided: somewhere no majority agrees.
 	undecided bool
 }
@@ -62,9 +65,12 @@ func (b backend) Verify(ctx context.Context, name string, r control.Verify, prog
 	status := b.d.volumeStatus(ctx, sv)
 	vr := &verifier{d: b.d, vol: sv.ID, size: sv.Size}
 	for _, rep := range status.Replicas {
-		if rep.State == control.InSync {
-			vr.nodes = append(vr.nodes, ident.Node(rep.Node))
+		if rep.State != control.InSync {
+			vr.before.LeftOut = append(vr.before.LeftOut, rep.Node)
+			continue
 		}
+		vr.nodes = append(vr.nodes, ident.Node(rep.Node))
+		vr.before.Compared = append(vr.before.Compared, rep.Node)
 	}
 	if len(vr.nodes) < 2 {
 		return control.Errorf(control.CodeRefused, status.Next, "nothing to compare: %s has %d in sync, and two replicas are needed", name, len(vr.nodes))
@@ -81,34 +87,68 @@ func (b backend) Verify(ctx context.Context, name string, r control.Verify, prog
 		defer s.Close()
 		vr.sessions = append(vr.sessions, s)
 	}
-	if err := vr.run(ctx, progress); err != nil {
+	if err := vr.rounds(ctx, r.Repair, progress); err != nil {
 		return err
 	}
-	if r.Repair && len(vr.found) > 0 {
+	p := vr.progress()
+	p.Done = true
+	return progress(p)
+}
+
+// rounds compares to the end of the volume; with repair, what it found is repaired
+// whenever that is much. It ends before, where it has found as much as it reports,
+// or where a replica does not take what is right.
+func (vr *verifier) rounds(ctx context.Context, repair bool, progress func(control.VerifyProgress) error) error {
+	for {
+		if err := vr.run(ctx, progress); err != nil {
+			return err
+		}
+		if !repair || len(vr.found) == 0 {
+			return nil
+		}
 		if err := vr.repair(ctx); err != nil {
 			return err
 		}
+		kept := slices.ContainsFunc(vr.found, func(f control.VerifyExtent) bool { return !f.Repaired })
+		if kept || vr.off == vr.size {
+			return nil
+		}
+		vr.before, vr.found = vr.progress(), nil
 	}
-	return progress(control.VerifyProgress{DoneBytes: int64(vr.size), TotalBytes: int64(vr.size), Done: true, Found: vr.found})
 }
 
+// progress is how far the comparison is. More ranges than are reported have been
+// repaired, all but those of the last round.
+func (vr *verifier) progress() control.VerifyProgress {
+	p := vr.before
+	p.DoneBytes, p.TotalBytes = int64(vr.off), int64(vr.size)
+	if len(p.Found) > 0 && len(p.Found)+len(vr.found) > verifyFoundMax {
+		n := max(verifyFoundMax-len(vr.found), 0)
+		p.More += int64(len(p.Found) - n)
+		p.Found = p.Found[:n]
+	}
+	p.Found = append(slices.Clip(p.Found), vr.found...)
+	return p
+}
+
+// run compares on from where it is, until it has found much, or to the end.
 func (vr *verifier) run(ctx context.Context, progress func(control.VerifyProgress) error) error {
 	said := time.Now()
-	for off := uint64(0); off < vr.size && len(vr.found) < verifyFoundMax; {
-		skip, err := vr.zeroes(ctx, off)
+	for vr.off < vr.size && len(vr.found) < verifyFoundMax {
+		skip, err := vr.zeroes(ctx, vr.off)
 		if err != nil {
 			return err
 		}
 		if skip == 0 {
-			skip = min(verifyChunk, vr.size-off)
-			if err := vr.chunk(ctx, off, skip); err != nil {
+			skip = min(verifyChunk, vr.size-vr.off)
+			if err := vr.chunk(ctx, vr.off, skip); err != nil {
 				return err
 			}
 		}
-		off += skip
+		vr.off += skip
 		if time.Since(said) >= verifyReport {
 			said = time.Now()
-			if err := progress(control.VerifyProgress{DoneBytes: int64(off), TotalBytes: int64(vr.size), Found: vr.found}); err != nil {
+			if err := progress(vr.progress()); err != nil {
 				return err
 			}
 		}
