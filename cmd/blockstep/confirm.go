@@ -20,16 +20,29 @@ const yesHelp = "do not ask (scripts are never asked: only a terminal is)"
 // person sits there: both stdin and stderr are a terminal. A script has said
 // what it wants by calling the verb, and is not asked. what is called only when
 // it is shown.
-func (a *app) confirm(yes bool, name string, what func() string) error {
+//
+// Ctrl-C ends ctx and no more: the read that nobody waits for then ends with the
+// process.
+func (a *app) confirm(ctx context.Context, yes bool, name string, what func() string) error {
 	if yes || !a.terminal(a.in, a.err) {
 		return nil
 	}
 	fmt.Fprintf(a.err, "%s\nType %s to go on: ", what(), name)
-	line, _ := bufio.NewReader(a.in).ReadString('\n')
-	if strings.TrimSpace(line) != name {
+	typed := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(a.in).ReadString('\n')
+		typed <- strings.TrimSpace(line)
+	}()
+	select {
+	case <-ctx.Done():
+		fmt.Fprintln(a.err)
+		return control.Errorf(control.CodeFailed, "", "interrupted: nothing was done")
+	case line := <-typed:
+		if line == name {
+			return nil
+		}
 		return control.Errorf(control.CodeRefused, "type the name, or add --yes", "nothing was done")
 	}
-	return nil
 }
 
 // isTerminal reports whether all of them are terminals.

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -64,5 +66,30 @@ func TestDestroyingIsConfirmed(t *testing.T) {
 				t.Error(errOut.String())
 			}
 		})
+	}
+}
+
+// cutReader is a terminal at which somebody types Ctrl-C in the place of an answer.
+type cutReader struct {
+	interrupt func()
+	end       <-chan struct{}
+}
+
+func (r cutReader) Read([]byte) (int, error) {
+	r.interrupt()
+	<-r.end
+	return 0, io.EOF
+}
+
+// TestCtrlCAtTheQuestion: it ends the command, and nothing is done.
+func TestCtrlCAtTheQuestion(t *testing.T) {
+	ctx, interrupt := context.WithCancel(t.Context())
+	end := make(chan struct{})
+	defer close(end)
+	var out, errOut strings.Builder
+	a := &app{in: cutReader{interrupt, end}, out: &out, err: &errOut, terminal: func(...any) bool { return true }}
+	code := a.main(ctx, []string{"--admin", "unix:///nosuch", "node", "remove", "delta"})
+	if code != exitFailed || !strings.HasSuffix(errOut.String(), "Type delta to go on: \nblockstep: interrupted: nothing was done\n") {
+		t.Errorf("exit code %d: %s", code, errOut.String())
 	}
 }

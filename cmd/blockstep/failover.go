@@ -59,7 +59,7 @@ its disk holds still.`,
 		if r.Force != r.AcceptDataLoss {
 			return control.Errorf(control.CodeUsage, "give both, or neither", "--force and --accept-data-loss go together")
 		}
-		return a.confirm(yes || !r.Force, args[0], func() string {
+		return a.confirm(ctx, yes || !r.Force, args[0], func() string {
 			return aboutVolume(ctx, c, args[0]) + "\nWrites that only the replicas out of reach hold will be gone, and every NBD session ends with an\nerror. A primary that still runs out of reach is not stopped: make sure that it is off."
 		})
 	}
@@ -96,7 +96,7 @@ func (a *app) invalidateCmd() *cobra.Command {
 		if err := nodeNamesOf(cmd, "node", r.Node); err != nil {
 			return err
 		}
-		return a.confirm(yes, args[0], func() string {
+		return a.confirm(ctx, yes, args[0], func() string {
 			return aboutVolume(ctx, c, args[0]) + "\nThe replica on " + r.Node + " is thrown away and copied whole from the others; until then there is one good replica less."
 		})
 	}

@@ -119,7 +119,7 @@ says what to do about that one.`,
 	cmd.Flags().BoolVar(&r.Force, "force", false, "give the replicas of a dead node up")
 	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	sure := func(ctx context.Context, c *control.Client, args []string) error {
-		return a.confirm(yes, args[0], func() string {
+		return a.confirm(ctx, yes, args[0], func() string {
 			return aboutNode(ctx, c, args[0]) + "\nThis ends its membership; its data directory is never used again."
 		})
 	}
@@ -149,7 +149,7 @@ func (a *app) nodeChangeCmd(verb, short, long, done string) *cobra.Command {
 		cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	}
 	sure := func(ctx context.Context, c *control.Client, args []string) error {
-		return a.confirm(yes || verb == "drain", args[0], func() string {
+		return a.confirm(ctx, yes || verb == "drain", args[0], func() string {
 			return aboutNode(ctx, c, args[0]) + "\nThis ends its membership; its data directory is never used again."
 		})
 	}

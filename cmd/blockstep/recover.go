@@ -59,7 +59,7 @@ or recover the one with the highest Raft index alone and replace the others.`,
 			if !a.terminal(a.in, a.err) {
 				return control.Errorf(control.CodeRefused, "make sure that the lost nodes are off, then add --yes", "nothing was done")
 			}
-			if err := a.confirm(false, cfg.Cluster, func() string { return "\nThe lost nodes must be off and stay off. This cannot be undone." }); err != nil {
+			if err := a.confirm(ctx, false, cfg.Cluster, func() string { return "\nThe lost nodes must be off and stay off. This cannot be undone." }); err != nil {
 				return err
 			}
 		}

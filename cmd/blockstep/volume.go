@@ -57,11 +57,11 @@ Ack says what the answer to a write waits for:
 	f.IntVar(&r.MinCopy, "min-copies", 0, "fewest in-sync replicas that writes go on with (default: 2 with three or more replicas, else 1)")
 	_ = cmd.MarkFlagRequired("size") // it is defined above
 	f.BoolVar(&yes, "yes", false, yesHelp)
-	sure := func(_ context.Context, _ *control.Client, args []string) error {
+	sure := func(ctx context.Context, _ *control.Client, args []string) error {
 		if err := nodeNamesOf(cmd, "replicas", r.Replicas...); err != nil {
 			return err
 		}
-		return a.confirm(yes || len(devices) == 0, args[0], func() string {
+		return a.confirm(ctx, yes || len(devices) == 0, args[0], func() string {
 			return "What is on " + strings.Join(devices, " and ") + " is gone then."
 		})
 	}
@@ -128,7 +128,7 @@ func (a *app) volumeDeleteCmd() *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	sure := func(ctx context.Context, c *control.Client, args []string) error {
-		return a.confirm(yes, args[0], func() string {
+		return a.confirm(ctx, yes, args[0], func() string {
 			return aboutVolume(ctx, c, args[0]) + "\nThis deletes it and its content on every node."
 		})
 	}
