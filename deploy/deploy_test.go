@@ -71,6 +71,32 @@ func TestUdevRule(t *testing.T) {
 	}
 }
 
+// TestRemovalDisablesAllUnits: what a package has installed and an operator enabled is
+// stopped and disabled when it goes. A socket that stays would start a daemon that is
+// not there any more.
+func TestRemovalDisablesAllUnits(t *testing.T) {
+	units, err := filepath.Glob("../systemd/*.s*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, u := range units {
+		name := filepath.Base(u)
+		if strings.Contains(name, "@") || !strings.Contains(read(t, u), "[Install]") {
+			continue
+		}
+		seen++
+		for _, script := range []string{"deb/prerm", "rpm/blockstep.spec"} {
+			if !regexp.MustCompile(`systemctl disable --now [^|]*\b` + regexp.QuoteMeta(name) + ` `).MatchString(read(t, script)) {
+				t.Errorf("%s does not disable %s", script, name)
+			}
+		}
+	}
+	if seen < 2 {
+		t.Errorf("%d units: does this test still find them?", seen)
+	}
+}
+
 // TestCompose: each node of the example for containers has a valid configuration
 // that names the address its container has.
 func TestCompose(t *testing.T) {
