@@ -341,6 +341,22 @@ func (n *Node) bootstrap(infos map[ident.Node]FoundInfo) error {
 	return nil
 }
 
+// KnownAddress is where the cluster knows this node: "" when it is no member yet. It
+// is what the others connect to, whatever the configuration says since.
+func (n *Node) KnownAddress() string {
+	f := n.raft.GetConfiguration()
+	if f.Error() != nil {
+		return ""
+	}
+	for _, s := range f.Configuration().Servers {
+		if string(s.ID) == n.RaftID() {
+			_, address := splitAddress(s.Address)
+			return address
+		}
+	}
+	return ""
+}
+
 // clusterID is the id of the cluster that this node is a member of; "" before it
 // is known. After a start raft applies its log only when a leader says how far.
 func (n *Node) clusterID() string {

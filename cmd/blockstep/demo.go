@@ -32,7 +32,7 @@ byte. It ends with 0 only if all of that held.`,
 	f := cmd.Flags()
 	f.BoolVar(&story, "story", false, "tell the story and end")
 	f.StringVar(&o.From, "from", "", "with --story: directory whose files fill the image (default: the Go sources)")
-	f.StringVar(&o.Dir, "dir", "", "directory for the nodes' data (default: a temporary one, removed at the end)")
+	f.StringVar(&o.Dir, "dir", "", "directory for the nodes' data, which a later demo goes on with (default: a temporary one, removed at the end)")
 	cmd.RunE = a.verb(func(ctx context.Context, _ []string) error {
 		o.Out = a.out
 		if !story {

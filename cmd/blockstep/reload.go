@@ -15,7 +15,8 @@ func (a *app) reloadCmd() *cobra.Command {
 		Use: "reload", Short: "Have the daemon read its configuration again", Args: noArgs,
 		Long: `Has the daemon on this host read its configuration again, as SIGHUP does. What can
 change while it runs is applied; what cannot is named, and stays as it was until
-the daemon is restarted. A configuration that is not valid changes nothing.`,
+the daemon is restarted. A configuration that is not valid, or is another node's,
+changes nothing.`,
 		RunE: a.ask(askTimeout, func(ctx context.Context, c *control.Client, _ []string) error {
 			out, err := c.Reload(ctx)
 			if err != nil {
@@ -28,7 +29,10 @@ the daemon is restarted. A configuration that is not valid changes nothing.`,
 				for _, k := range out.Restart {
 					fmt.Fprintf(w, "needs a restart of blockstepd: %s becomes %s, is %s\n", k.Key, orDash(k.New), orDash(k.Old))
 				}
-				if len(out.Applied)+len(out.Restart) == 0 {
+				for _, k := range out.Ignored {
+					fmt.Fprintf(w, "without effect: %s is %s, was %s\n  next: %s\n", k.Key, orDash(k.New), orDash(k.Old), k.Next)
+				}
+				if len(out.Applied)+len(out.Restart)+len(out.Ignored) == 0 {
 					fmt.Fprintln(w, "nothing has changed")
 				}
 			})

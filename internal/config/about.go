@@ -82,6 +82,9 @@ func Keys() []KeyInfo {
 		if abouts[k.name].live {
 			i.Live = "changes live, with blockstep reload or SIGHUP"
 		}
+		if k.kind == kindNodes {
+			i.Live = "for the founding alone; later blockstep node add, remove and replace change the members, and a node keeps its address"
+		}
 		if k.def != "" {
 			i.Default = "default: " + k.def
 		}

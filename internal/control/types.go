@@ -246,6 +246,16 @@ type RecoveredVolume struct {
 type Reloaded struct {
 	Applied []KeyChange `json:"applied"` // in force now
 	Restart []KeyChange `json:"restart"` // in force after a restart of blockstepd only
+	// Ignored are in force neither now nor after a restart, as is meant.
+	Ignored []IgnoredChange `json:"ignored,omitempty"`
+}
+
+// IgnoredChange is a key of which another value has no effect.
+type IgnoredChange struct {
+	Key  string `json:"key"`
+	Old  string `json:"old"`
+	New  string `json:"new"`
+	Next string `json:"next"` // what to do in its place
 }
 
 // KeyChange is a configuration key with another value than before.

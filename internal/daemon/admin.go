@@ -111,6 +111,9 @@ func (b backend) ready() error {
 		return control.Errorf(control.CodeFailed, "make room in "+b.d.cfg.DataDir+", or mend its disk: it is tried again by itself",
 			"this node cannot write its part of the cluster state: %v", err)
 	}
+	if why, next := b.d.displaced(b.d.cfg); why != "" {
+		return control.Errorf(control.CodeFailed, next, "this node has not heard the cluster state since its start: %s", why)
+	}
 	if f.Done {
 		return control.Errorf(control.CodeFailed, "start the nodes that are down; only if a majority of them is gone for good: blockstep recover --help",
 			"this node has not heard the cluster state since its start: there is no Raft leader that reaches it, which takes a majority of the nodes, up and connected")

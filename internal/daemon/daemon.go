@@ -262,6 +262,9 @@ func (d *Daemon) openCluster(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if why, next := d.displaced(d.cfg); why != "" {
+		d.log.Error("the others do not find this node", "err", why, "next", next)
+	}
 	d.openFailover()
 	d.addCalls()
 	d.wg.Go(func() {
@@ -269,6 +272,18 @@ func (d *Daemon) openCluster(ctx context.Context) error {
 		_ = d.rpcd.http.Serve(d.mux.Listener(mux.PrefaceNode))
 	})
 	return nil
+}
+
+// displaced says that a configuration has this node listen elsewhere than where the
+// cluster knows it, and what to do; "" when it does not. (It is no error: one of the
+// two may be a name of the other.)
+func (d *Daemon) displaced(c *config.Config) (why, next string) {
+	known, own := d.raft.KnownAddress(), c.Self().Address
+	if known == "" || known == own {
+		return "", ""
+	}
+	return fmt.Sprintf("the cluster knows node %s at %s, and nodes.%[1]s.address is %[3]s", d.self, known, own),
+		fmt.Sprintf("put nodes.%s.address back to %s and restart blockstepd; to move the node: blockstep node drain and node remove, then node add with its new address and an empty data_dir", d.self, known)
 }
 
 // Founding implements raft.Peers.

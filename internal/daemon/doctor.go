@@ -235,11 +235,11 @@ func (d *Daemon) examOther(ctx context.Context, n ident.Node, own doctorReport) 
 	for _, key := range slices.Sorted(maps.Keys(own.Shared)) {
 		if theirs, ok := r.Shared[key]; ok && theirs != own.Shared[key] {
 			agree = false
-			state := control.FindingBad
+			state, next := control.FindingBad, "write the same on all nodes, then blockstep reload or a restart"
 			if key == "nodes" {
-				state = control.FindingWarn // after the founding the cluster state has them
+				state, next = control.FindingWarn, "write the same on all nodes" // after the founding the cluster state has them
 			}
-			e.add("configuration", state, "write the same on all nodes, then blockstep reload or a restart", "%s is %q, on %s %q", key, theirs, d.self, own.Shared[key])
+			e.add("configuration", state, next, "%s is %q, on %s %q", key, theirs, d.self, own.Shared[key])
 		}
 	}
 	if agree {

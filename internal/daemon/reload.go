@@ -40,6 +40,11 @@ func (d *Daemon) reload() (control.Reloaded, error) {
 	if err != nil {
 		return out, control.Errorf(control.CodeFailed, "correct it, then run blockstep reload again", "the configuration stays as it was: %v", err)
 	}
+	if now.Node != d.cfg.Node || now.Cluster != d.cfg.Cluster {
+		return out, control.Errorf(control.CodeRefused, "name its own configuration, or correct node and cluster in "+now.File,
+			"the configuration stays as it was: what %s says is for node %s of cluster %s, and this is node %s of cluster %s", now.File, now.Node, now.Cluster, d.cfg.Node, d.cfg.Cluster)
+	}
+	founded := d.raft.FoundInfo().Founded
 	for _, c := range config.Diff(d.live.Load(), now) {
 		if c.Live {
 			out.Applied = append(out.Applied, control.KeyChange{Key: c.Key, Old: c.Old, New: c.New})
@@ -47,7 +52,11 @@ func (d *Daemon) reload() (control.Reloaded, error) {
 	}
 	// What needs a restart is told against the start, however often one reloads.
 	for _, c := range config.Diff(d.cfg, now) {
-		if !c.Live {
+		switch {
+		case c.Live:
+		case c.Key == "nodes" && founded:
+			out.Ignored = append(out.Ignored, control.IgnoredChange{Key: c.Key, Old: c.Old, New: c.New, Next: d.nodesNext(now)})
+		default:
 			out.Restart = append(out.Restart, control.KeyChange{Key: c.Key, Old: c.Old, New: c.New})
 		}
 	}
@@ -59,7 +68,19 @@ func (d *Daemon) reload() (control.Reloaded, error) {
 	for _, c := range out.Restart {
 		d.log.Warn("configuration: needs a restart of blockstepd", "key", c.Key, "old", c.Old, "new", c.New)
 	}
+	for _, c := range out.Ignored {
+		d.log.Warn("configuration: without effect", "key", c.Key, "old", c.Old, "new", c.New, "next", c.Next)
+	}
 	return out, nil
+}
+
+// nodesNext is what to do in the place of another list of nodes, which is for the
+// founding alone.
+func (d *Daemon) nodesNext(now *config.Config) string {
+	if _, next := d.displaced(now); next != "" {
+		return "before blockstepd is started again, " + next
+	}
+	return "the cluster is founded: its members change with blockstep node add, remove and replace"
 }
 
 // applyLive sets what is not read from d.live where it is used.

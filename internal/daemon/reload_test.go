@@ -1,11 +1,14 @@
 package daemon
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
 )
@@ -58,4 +61,68 @@ func TestReload(t *testing.T) {
 	if alpha.level.Level() != slog.LevelInfo {
 		t.Error("the level is not taken back")
 	}
+
+	// Another node's, or another cluster's, changes nothing.
+	for from, to := range map[string]string{"node: alpha": "node: beta", "cluster: test": "cluster: prod"} {
+		text := strings.Replace(string(original), from, to, 1) + "log: {level: debug}\n"
+		if err := os.WriteFile(alpha.file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var e *control.Error
+		if _, err := alpha.client.Reload(t.Context()); !errors.As(err, &e) || e.Code != control.CodeRefused || !strings.Contains(e.Message, "and this is node alpha of cluster test") {
+			t.Errorf("%s: %v", to, err)
+		}
+		if alpha.level.Level() != slog.LevelInfo {
+			t.Errorf("%s: its level is taken over", to)
+		}
+	}
+}
+
+// TestAnotherAddress: nodes is for the founding. A node whose address is another one
+// since is where nobody looks for it: reload does not advise the restart that would do
+// it, and after a restart everybody who asks is told what to do.
+func TestAnotherAddress(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, gamma := nodes["alpha"], nodes["gamma"]
+	original, err := os.ReadFile(gamma.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was, is := gamma.config().Self().Address, freeAddress(t)
+	reload := func(old, now, next string) {
+		t.Helper()
+		if err := os.WriteFile(gamma.file, []byte(strings.Replace(string(original), old, now, 1)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out, err := gamma.client.Reload(t.Context())
+		if err != nil || len(out.Restart) > 0 || len(out.Ignored) != 1 || !strings.Contains(out.Ignored[0].Next, next) {
+			t.Errorf("%s instead of %s: %+v, %v", now, old, out, err)
+		}
+	}
+	reload(alpha.config().Self().Address, freeAddress(t), "its members change with blockstep node add, remove and replace")
+	back := "put nodes.gamma.address back to " + was
+	reload(was, is, "before blockstepd is started again, "+back)
+
+	gamma.halt()
+	gamma.start()
+	gamma.eventually(20*time.Second, "it says where the others look for it", func(ctx context.Context) error {
+		_, err := gamma.client.Nodes(ctx)
+		var e *control.Error
+		if errors.As(err, &e) && strings.Contains(e.Message, "the cluster knows node gamma at "+was+", and nodes.gamma.address is "+is) && strings.Contains(e.Next, back) {
+			return nil
+		}
+		return fmt.Errorf("it says %w", err)
+	})
+	if log := gamma.log.String(); !strings.Contains(log, "level=ERROR msg=\"the others do not find this node\"") {
+		t.Error("its log does not say so")
+	}
+	gamma.halt()
+	if err := os.WriteFile(gamma.file, original, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	gamma.start()
+	gamma.eventually(20*time.Second, "it is back", func(ctx context.Context) error {
+		_, err := gamma.client.Nodes(ctx)
+		return err
+	})
 }

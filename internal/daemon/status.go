@@ -427,6 +427,9 @@ func (d *Daemon) nodeStatuses(ctx context.Context) []control.NodeStatus {
 		}
 	}
 	up[d.self] = true
+	if why, next := d.displaced(d.cfg); why != "" {
+		errs[d.self] = why + "; next: " + next
+	}
 	out := []control.NodeStatus{}
 	for _, name := range st.NodeNames() {
 		n := st.Nodes[name]

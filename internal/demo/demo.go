@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -25,6 +26,7 @@ import (
 
 const (
 	volumeName = "demo"
+	configFile = "blockstep.yaml"
 	volumeSize = 1 << 30 // bytes
 	// foundTime is how long three empty nodes may take to become a cluster.
 	foundTime = 30 * time.Second
@@ -55,9 +57,13 @@ type node struct {
 	client  *control.Client
 }
 
-// makeNodes chooses ports, writes the configurations and returns the nodes.
+// makeNodes chooses ports, writes the configurations and returns the nodes. In the
+// directory of an earlier demo the ports are those of then: a node keeps its address.
 func makeNodes(dir string) ([]*node, error) {
-	ports, err := freePorts(2 * len(nodeNames))
+	ports, err := portsOf(dir)
+	if err == nil && ports == nil {
+		ports, err = freePorts(2 * len(nodeNames))
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -70,7 +76,7 @@ func makeNodes(dir string) ([]*node, error) {
 		n := &node{
 			name: name, address: ports[2*i], nbdTCP: ports[2*i+1],
 			nbdSock: filepath.Join(base, "nbd.sock"), admin: filepath.Join(base, "admin.sock"),
-			config: filepath.Join(base, "blockstep.yaml"), log: filepath.Join(base, "log"),
+			config: filepath.Join(base, configFile), log: filepath.Join(base, "log"),
 		}
 		if n.client, err = control.Dial("unix://" + n.admin); err != nil {
 			return nil, err
@@ -96,6 +102,27 @@ func (n *node) writeConfig(all []*node) error {
 		return fmt.Errorf("writing the demo's configuration: %w", err)
 	}
 	return nil
+}
+
+// portsOf finds the addresses of an earlier demo in dir; nil when there was none.
+func portsOf(dir string) ([]string, error) {
+	var out []string
+	for _, name := range nodeNames {
+		file := filepath.Join(dir, name, configFile)
+		c, err := config.Load(file, nil)
+		if _, none := os.Stat(file); errors.Is(none, os.ErrNotExist) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("the configuration of an earlier demo is not one any more: %w; or name another directory with --dir", err)
+		}
+		i := slices.IndexFunc(c.NBD.Listen, func(l config.Listener) bool { return l.Network == "tcp" })
+		if i < 0 {
+			return nil, fmt.Errorf("%s has no nbd.listen on tcp, so it is none of a demo; name another directory with --dir", file)
+		}
+		out = append(out, c.Self().Address, c.NBD.Listen[i].Address)
+	}
+	return out, nil
 }
 
 // freePorts finds addresses on loopback that nobody listens on.
@@ -141,7 +168,10 @@ func createVolume(ctx context.Context, n *node, size int64) (control.VolumeStatu
 	v, err := n.client.CreateVolume(ctx, control.CreateVolume{Name: volumeName, Size: size})
 	var e *control.Error
 	if errors.As(err, &e) && e.Code == control.CodeRefused && strings.Contains(e.Message, "already") {
-		return n.client.VolumeStatus(ctx, volumeName) // --dir of an earlier demo
+		return poll(ctx, func() (control.VolumeStatus, bool, error) { // --dir of an earlier demo
+			v, err := n.client.VolumeStatus(ctx, volumeName)
+			return v, err == nil && v.Primary != "", err
+		})
 	}
 	return v, err
 }
