@@ -32,7 +32,14 @@ type FoundInfo struct {
 	Founded   bool       `json:"founded"`    // it has Raft state: a cluster was founded
 	Members   []string   `json:"members"`    // Raft ids of the configuration it knows
 	Founders  []string   `json:"founders"`   // NAME@ADDRESS of its configuration, sorted
+	// Witnesses are the names of those of them that store nothing, sorted; null from
+	// a release that does not tell.
+	Witnesses []string `json:"witnesses"`
 }
+
+// ErrDisagrees is returned (wrapped) by Peers.Founding when the other node has
+// answered, and its configuration and ours are not of one cluster.
+var ErrDisagrees = errors.New("its configuration is another one")
 
 // Peers asks another node about founding, over whatever the daemon speaks
 // between nodes.
@@ -46,6 +53,7 @@ type FoundingStatus struct {
 	Refused error      // it cannot become one without an operator
 	Waiting string     // for the operator: what it waits for
 	For     ident.Node // whom it waits for, the first one
+	Next    string     // what to do about it; "": start the nodes
 }
 
 const (
@@ -61,7 +69,7 @@ func (n *Node) FoundInfo() FoundInfo {
 	n.idMu.Unlock()
 	info := FoundInfo{
 		Node: id.Node, RaftID: id.RaftID, Cluster: id.Cluster, ClusterID: n.clusterID(),
-		Members: n.members(), Founders: n.founderList(),
+		Members: n.members(), Founders: n.founderList(), Witnesses: n.witnesses(),
 	}
 	info.Founded = done || len(info.Members) > 0 || len(id.Founding) > 0 || id.ClusterID != ""
 	return info
@@ -110,6 +118,17 @@ func (n *Node) founderList() []string {
 	var out []string
 	for _, f := range n.opts.Founders {
 		out = append(out, fmt.Sprintf("%s@%s", f.Name, f.Address))
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (n *Node) witnesses() []string {
+	out := []string{}
+	for _, f := range n.opts.Founders {
+		if f.Witness {
+			out = append(out, string(f.Name))
+		}
 	}
 	slices.Sort(out)
 	return out
@@ -194,7 +213,7 @@ func (n *Node) RaftID() string {
 
 // foundingRound asks everyone once and does what follows.
 func (n *Node) foundingRound() (FoundingStatus, error) {
-	infos, silent := n.askFounders()
+	infos, silent, unfit := n.askFounders()
 	if s, ok := n.judgeFounded(infos); ok {
 		return s, nil
 	}
@@ -202,7 +221,13 @@ func (n *Node) foundingRound() (FoundingStatus, error) {
 	isFounder := slices.Contains(founderNames(n.opts.Founders), n.opts.Node)
 	switch {
 	case !isFounder:
-		return FoundingStatus{Waiting: fmt.Sprintf("this node is not among the founding nodes: run 'blockstep node add %s' on a member", n.opts.Node)}, nil
+		return FoundingStatus{Waiting: fmt.Sprintf("this node is not among the founding nodes: run 'blockstep node add %s --address %s' on a member", n.opts.Node, n.opts.Address)}, nil
+	case len(unfit) > 0:
+		// To start the others would not help.
+		return FoundingStatus{
+			For: unfit[0].node, Waiting: fmt.Sprintf("%s does not fit: %v", unfit[0].node, unfit[0].err),
+			Next: "correct cluster or nodes in one of the configurations (they are the same on each node), then start that node again",
+		}, nil
 	case len(silent) > 0:
 		// The lowest founder waits for all; the others wait with it, and say
 		// for whom the founding waits.
@@ -232,9 +257,15 @@ func joinNodes(names []ident.Node) string {
 	return strings.Join(s, ", ")
 }
 
-// askFounders asks all others at once. silent are those that gave no good
-// answer, sorted.
-func (n *Node) askFounders() (infos map[ident.Node]FoundInfo, silent []ident.Node) {
+// unfitNode is a founder whose answer does not go together with our configuration.
+type unfitNode struct {
+	node ident.Node
+	err  error
+}
+
+// askFounders asks all others at once. silent are those that gave no answer, unfit
+// those whose answer does not fit; both sorted.
+func (n *Node) askFounders() (infos map[ident.Node]FoundInfo, silent []ident.Node, unfit []unfitNode) {
 	type answer struct {
 		from Founder
 		info FoundInfo
@@ -253,26 +284,49 @@ func (n *Node) askFounders() (infos map[ident.Node]FoundInfo, silent []ident.Nod
 	infos = map[ident.Node]FoundInfo{}
 	for range others {
 		a := <-ch
-		if a.err == nil && a.info.Node != a.from.Name {
-			a.err = fmt.Errorf("it calls itself %q", a.info.Node)
+		if a.err == nil {
+			a.err = n.fits(a.from.Name, a.info)
 		}
-		if a.err == nil && a.info.Cluster != n.opts.Cluster {
-			a.err = fmt.Errorf("it belongs to cluster %q, this node to %q", a.info.Cluster, n.opts.Cluster)
-		}
-		if a.err == nil && !a.info.Founded && !slices.Equal(a.info.Founders, n.founderList()) {
-			a.err = fmt.Errorf("its configuration names other nodes (%v) than ours (%v)", a.info.Founders, n.founderList())
-		}
-		if a.err != nil {
+		switch {
+		case a.err == nil:
+			infos[a.from.Name] = a.info
+		case errors.Is(a.err, ErrDisagrees):
+			unfit = append(unfit, unfitNode{a.from.Name, a.err})
+		default:
 			if !errors.Is(a.err, context.Canceled) {
-				n.log.Debug("founding: no good answer", "node", a.from.Name, "err", a.err)
+				n.log.Debug("founding: no answer", "node", a.from.Name, "err", a.err)
 			}
 			silent = append(silent, a.from.Name)
-			continue
 		}
-		infos[a.from.Name] = a.info
 	}
 	slices.Sort(silent)
-	return infos, silent
+	slices.SortFunc(unfit, func(a, b unfitNode) int { return strings.Compare(string(a.node), string(b.node)) })
+	return infos, silent, unfit
+}
+
+// disagreement is an ErrDisagrees with a reason of its own.
+type disagreement struct{ reason string }
+
+func (d disagreement) Error() string        { return d.reason }
+func (d disagreement) Is(target error) bool { return target == ErrDisagrees }
+
+// fits says why the answer of a founder does not go together with our configuration.
+func (n *Node) fits(name ident.Node, i FoundInfo) error {
+	reason := ""
+	switch {
+	case i.Node != name:
+		reason = fmt.Sprintf("it calls itself %q", i.Node)
+	case i.Cluster != n.opts.Cluster:
+		reason = fmt.Sprintf("it belongs to cluster %q, this node to %q", i.Cluster, n.opts.Cluster)
+	case !i.Founded && !slices.Equal(i.Founders, n.founderList()):
+		reason = fmt.Sprintf("its configuration names other nodes (%s) than this node's (%s)", strings.Join(i.Founders, ", "), strings.Join(n.founderList(), ", "))
+	case !i.Founded && i.Witnesses != nil && !slices.Equal(i.Witnesses, n.witnesses()):
+		reason = fmt.Sprintf("its configuration has other witnesses (%s) than this node's (%s)", strings.Join(i.Witnesses, ", "), strings.Join(n.witnesses(), ", "))
+	}
+	if reason == "" {
+		return nil
+	}
+	return disagreement{reason}
 }
 
 // judgeFounded looks for a cluster among the answers: with one, this node is a
@@ -304,7 +358,7 @@ func (n *Node) judgeFounded(infos map[ident.Node]FoundInfo) (FoundingStatus, boo
 	}
 	for _, i := range founded {
 		if len(i.Members) > 0 {
-			return FoundingStatus{Refused: fmt.Errorf("cluster %s was founded without node %s: run 'blockstep node add %s' on a member", n.opts.Cluster, n.opts.Node, n.opts.Node)}, true
+			return FoundingStatus{Refused: fmt.Errorf("cluster %s was founded without node %s: run 'blockstep node add %s --address %s' on a member", n.opts.Cluster, n.opts.Node, n.opts.Node, n.opts.Address)}, true
 		}
 	}
 	return FoundingStatus{For: founded[0].Node, Waiting: fmt.Sprintf("%s has begun to found the cluster: waiting for it", founded[0].Node)}, true

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -226,6 +227,57 @@ func TestApplyAtAFollowerNamesTheLeader(t *testing.T) {
 	})
 }
 
+// Founders whose configurations differ found nothing, and say what differs; when it is
+// corrected they go on.
+func TestFoundersThatDiffer(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*Options)
+		says   string
+	}{
+		"cluster":   {func(o *Options) { o.Cluster = "rw" }, `beta does not fit: it belongs to cluster "rw", this node to "prod"`},
+		"nodes":     {func(o *Options) { o.Founders = o.Founders[:2] }, "beta does not fit: its configuration names other nodes (alpha@alpha:1, beta@beta:1) than this node's (alpha@alpha:1, beta@beta:1, gamma@gamma:1)"},
+		"witnesses": {func(o *Options) { o.Founders = slices.Clone(o.Founders); o.Founders[1].Witness = true }, "beta does not fit: its configuration has other witnesses (beta, gamma) than this node's (gamma)"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newTestCluster(t)
+				defer c.stop()
+				o := c.options("beta")
+				tc.change(&o)
+				b, err := Open(t.Context(), o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				c.net.nodes["beta"] = b
+				a := c.start("alpha")
+				c.start("gamma")
+				until(t, "alpha says what differs", func() bool { s := a.Founding(); return s.Waiting == tc.says && s.Next != "" && s.For == "beta" })
+				time.Sleep(time.Minute)
+				if c.leader() != nil {
+					t.Error("a cluster was founded all the same")
+				}
+				c.kill("beta")
+				c.dirs["beta"] = filepath.Join(c.base, "corrected")
+				c.start("beta")
+				c.waitLeader()
+			})
+		})
+	}
+}
+
+// A release that tells no witnesses is believed.
+func TestFoundersOfAnOlderRelease(t *testing.T) {
+	n := &Node{opts: Options{Cluster: "prod", Founders: testFounders}}
+	old := FoundInfo{Node: "beta", Cluster: "prod", Founders: n.founderList()}
+	if err := n.fits("beta", old); err != nil {
+		t.Error(err)
+	}
+	old.Witnesses = []string{}
+	if err := n.fits("beta", old); !errors.Is(err, ErrDisagrees) {
+		t.Error(err)
+	}
+}
+
 // A node whose data_dir was lost comes up under its old name and address. It
 // must neither vote nor be filled under the lost one's id.
 func TestWipedNodeIsRefusedUntilReplaced(t *testing.T) {
@@ -294,7 +346,7 @@ func TestAddAndRemoveNode(t *testing.T) {
 		n := c.start("delta")
 		until(t, "it says how to add it", func() bool {
 			s := n.Founding()
-			return s.Refused != nil && strings.Contains(s.Refused.Error(), "node add delta")
+			return s.Refused != nil && strings.Contains(s.Refused.Error(), "node add delta --address delta:1")
 		})
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()

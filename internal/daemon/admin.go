@@ -122,7 +122,11 @@ func (b backend) ready() error {
 	if why == "" {
 		why = "waiting for a Raft leader"
 	}
-	return control.Errorf(control.CodeFailed, "start blockstepd on all nodes of the configuration", "the cluster is not founded yet: %s", why)
+	next := f.Next
+	if next == "" {
+		next = "start blockstepd on all nodes of the configuration"
+	}
+	return control.Errorf(control.CodeFailed, next, "the cluster is not founded yet: %s", why)
 }
 
 // waitReady waits until the node is a member, as long as ctx allows.

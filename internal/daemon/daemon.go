@@ -288,7 +288,12 @@ func (d *Daemon) displaced(c *config.Config) (why, next string) {
 
 // Founding implements raft.Peers.
 func (d *Daemon) Founding(ctx context.Context, node ident.Node, address string) (info raft.FoundInfo, err error) {
-	return info, d.rpc.callAddress(ctx, node, address, "/node/v1/founding", struct{}{}, &info)
+	err = d.rpc.callAddress(ctx, node, address, "/node/v1/founding", struct{}{}, &info)
+	var e *control.Error
+	if errors.As(err, &e) && e.Code == control.CodeRefused {
+		err = fmt.Errorf("%w: %s", raft.ErrDisagrees, e.Message)
+	}
+	return info, err
 }
 
 // state is the cluster state as far as this node knows it.

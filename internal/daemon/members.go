@@ -124,6 +124,9 @@ func (b backend) newcomer(ctx context.Context, name ident.Node, address string) 
 	ctx, cancel := context.WithTimeout(ctx, 2*askNode)
 	defer cancel()
 	info, err := b.d.Founding(ctx, name, address)
+	if errors.Is(err, raft.ErrDisagrees) {
+		return info, control.Errorf(control.CodeRefused, "correct the address, or cluster and node in the configuration there", "%s cannot join from %s: %v", name, address, err)
+	}
 	if err != nil {
 		return info, control.Errorf(control.CodeFailed, fmt.Sprintf("start blockstepd on %s with an empty data_dir and a configuration that lists all nodes, then run this again", name),
 			"%s gives no answer at %s: %v", name, address, err)
