@@ -34,8 +34,10 @@ const (
 	// are up.
 	everywhereTime = 3 * time.Second
 	// invalidateAsk is how long the node of a replica may take to give it up: the
-	// change of the cluster state, and no more.
-	invalidateAsk = 10 * time.Second
+	// change of the cluster state, and no more. It takes invalidateTime itself, so
+	// that what kept it is heard.
+	invalidateAsk  = 10 * time.Second
+	invalidateTime = invalidateAsk - 2*time.Second
 	// adminStopTime is what a stopping admin server gives its requests.
 	adminStopTime = 2 * time.Second
 )
@@ -534,7 +536,11 @@ func (b backend) Invalidate(ctx context.Context, name string, r control.Invalida
 	defer cancelAsk()
 	err = b.d.rpc.call(ask, ident.Node(r.Node), "/node/v1/invalidate", volumeCall{sv.ID}, nil)
 	var e *control.Error
-	if err != nil && !errors.As(err, &e) {
+	switch {
+	case err == nil || errors.As(err, &e):
+	case errors.Is(err, context.DeadlineExceeded):
+		return control.Errorf(control.CodeTimeout, "look at blockstep status "+name+": it may still happen", "%s gives no answer in time: %v", r.Node, err)
+	default:
 		return control.Errorf(control.CodeFailed, "start blockstepd on "+r.Node, "%s cannot be asked: %v", r.Node, err)
 	}
 	return err

@@ -30,6 +30,8 @@ func (d *Daemon) addCalls() {
 	handle(d.rpcd, "/node/v1/doctor", d.serveDoctor)
 	handle(d.rpcd, "/node/v1/committed", d.serveCommitted)
 	handle(d.rpcd, "/node/v1/invalidate", func(ctx context.Context, _ ident.Node, c volumeCall) (struct{}, error) {
+		ctx, cancel := context.WithTimeout(ctx, invalidateTime)
+		defer cancel()
 		sv := d.state().Volumes[c.Volume]
 		if sv == nil || sv.Deleted {
 			return struct{}{}, control.Errorf(control.CodeNotFound, "", "no such volume on %s", d.self)

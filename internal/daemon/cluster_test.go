@@ -434,6 +434,51 @@ func TestAWipedReplica(t *testing.T) {
 	}
 }
 
+// TestAnInvalidateThatDoesNotHappen: without a Raft leader it ends in time, says so, and
+// leaves nothing behind; nor does one that a crash cut off.
+func TestAnInvalidateThatDoesNotHappen(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, beta := nodes["alpha"], nodes["beta"]
+	alpha.create("db", 16<<20)
+	if _, err := alpha.client.Switchover(t.Context(), "db", control.Switchover{To: "alpha"}); err != nil {
+		t.Fatal(err)
+	}
+	alpha.healthy("db")
+	mark := filepath.Join(filepath.Dir(beta.backing()), invalidMark)
+
+	beta.halt()
+	if err := os.WriteFile(mark, []byte("by an operator\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	beta.start()
+	beta.eventually(20*time.Second, "the mark of before goes", func(context.Context) error {
+		if _, err := os.Stat(mark); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("it is there: %w", err)
+		}
+		return nil
+	})
+	alpha.healthy("db")
+
+	nodes["gamma"].halt()
+	if err := beta.daemon.Load().raft.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	alpha.eventually(20*time.Second, "there is no Raft leader", func(ctx context.Context) error {
+		s, err := alpha.client.Status(ctx)
+		if err == nil && s.Leader != "" {
+			err = errors.New(s.Leader)
+		}
+		return err
+	})
+	var e *control.Error
+	if err := alpha.client.Invalidate(t.Context(), "db", control.Invalidate{Node: "beta"}); !errors.As(err, &e) || e.Code != control.CodeTimeout || !strings.Contains(e.Message, "there is no Raft leader") {
+		t.Errorf("without a Raft leader: %v", err)
+	}
+	if _, err := os.Stat(mark); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its mark stays: %v", err)
+	}
+}
+
 // TestAReplacedNode: an empty data directory under a known name is refused, and
 // node replace accepts it.
 func TestAReplacedNode(t *testing.T) {

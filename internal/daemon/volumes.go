@@ -41,6 +41,7 @@ type volume struct {
 	replica atomic.Bool // this node has a replica of it, and it is open
 	driver  *replication.Volume
 	view    core.View // the newest that the driver has
+	marked  bool      // whether a mark of an invalidate has been looked for
 }
 
 func (v *volume) tellPeer(n ident.Node, up bool) {
@@ -168,6 +169,9 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 	case rep == nil:
 		return d.removeReplicaDir(sv.ID)
 	case v.replica.Load():
+		if !rep.Failed && d.isCurrent() && !v.marked {
+			v.marked = d.dropInvalidMark(sv.ID)
+		}
 		return nil
 	}
 	ro, err := d.replicaOptions(ctx, sv, rep)
@@ -350,6 +354,20 @@ const invalidMark = "invalidated"
 func (d *Daemon) invalidated(id ident.Volume) bool {
 	_, err := os.Stat(filepath.Join(d.replicaDir(id), invalidMark))
 	return err == nil
+}
+
+// dropInvalidMark removes the mark of an invalidate that a crash cut off before the
+// cluster state heard of it: else the replica would be made anew when it fails one
+// day, without an operator's word. It reports false while one may be under way.
+func (d *Daemon) dropInvalidMark(id ident.Volume) bool {
+	if !d.invalidating.TryLock() {
+		return false
+	}
+	defer d.invalidating.Unlock()
+	if err := os.RemoveAll(filepath.Join(d.replicaDir(id), invalidMark)); err != nil {
+		d.log.Warn("the mark of an earlier invalidate stays", "volume", d.volumeName(id), "err", err)
+	}
+	return true
 }
 
 // replicaOptions finds this node's replica, making and registering it when the
@@ -545,6 +563,8 @@ func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
 		return control.Errorf(control.CodeRefused, "start the nodes that have the others, or see blockstep failover "+sv.Name+" --help",
 			"%s has no primary to copy from: the replica on %s may be the best that is left", sv.Name, d.self)
 	}
+	d.invalidating.RLock()
+	defer d.invalidating.RUnlock()
 	dir := d.replicaDir(sv.ID)
 	if _, err := os.Stat(dir); err == nil {
 		if err := os.WriteFile(filepath.Join(dir, invalidMark), []byte("by an operator\n"), 0o600); err != nil {
@@ -567,5 +587,10 @@ func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
 		ID:         raft.NewCommandID(),
 		MarkFailed: &state.MarkFailed{Volume: sv.ID, Node: d.self, Replica: rep.Replica, Reason: "invalidated by an operator"},
 	})
+	if now := d.state().Volumes[sv.ID]; err != nil && now != nil {
+		if rep := now.Replica(d.self); rep != nil && !rep.Failed {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, invalidMark)))
+		}
+	}
 	return err
 }
