@@ -131,6 +131,8 @@ func TestJudge(t *testing.T) {
 	closed := volumeReport{Reached: true, Open: true, Problem: "replica failed: no more sectors; if its disk is lost: blockstep invalidate db --node beta"}
 	full := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{Role: core.RoleFailed, State: "Failed", Reason: "append: no space left on device"}}
 	wiped := volumeReport{Reached: true, Open: true, Problem: "it is gone"}
+	manual := up
+	manual.Manual = true
 	suspended := serving
 	suspended.Core.Suspended = true
 	for _, tc := range []struct {
@@ -217,6 +219,21 @@ func TestJudge(t *testing.T) {
 			"the primary is dead",
 			map[ident.Node]volumeReport{"beta": up, "gamma": up},
 			"", control.Suspended, "Absent InSync InSync", "its primary alpha gives no answer; alpha is Absent", "start blockstepd on alpha, or check its network",
+		},
+		{
+			"the primary is dead, and automatic failover is off",
+			map[ident.Node]volumeReport{"beta": up, "gamma": manual},
+			"", control.Suspended, "Absent InSync InSync", "its primary alpha gives no answer; automatic failover is off (failover.auto); alpha is Absent", "blockstep failover db",
+		},
+		{
+			"the primary was started again, and automatic failover is off",
+			map[ident.Node]volumeReport{"alpha": up, "beta": up, "gamma": manual},
+			"", control.Suspended, "InSync InSync InSync", "no primary serves it; automatic failover is off (failover.auto)", "blockstep failover db",
+		},
+		{
+			"most are dead, and automatic failover is off",
+			map[ident.Node]volumeReport{"gamma": manual},
+			"", control.Suspended, "Absent Absent InSync", "its primary alpha gives no answer; automatic failover is off (failover.auto); alpha is Absent, beta is Absent", "start blockstepd on alpha, or check its network",
 		},
 		{
 			"the primary is alone, and no other is left",

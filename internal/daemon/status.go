@@ -37,6 +37,7 @@ type volumeReport struct {
 	Held    int           `json:"held"`
 	View    state.Volume  `json:"view"` // the cluster state as it sees it
 	Waiting string        `json:"waiting,omitempty"`
+	Manual  bool          `json:"manual,omitempty"` // it is the Raft leader, and replaces no primary by itself
 	Device  string        `json:"device,omitempty"` // the kernel device that it is attached to on the node
 	Took    time.Duration `json:"-"`
 }
@@ -77,6 +78,7 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 	if d.failover != nil {
 		r.Waiting = d.failover.Waiting(id)
 	}
+	r.Manual = d.raft.IsLeader() && !d.live.Load().FailoverAuto
 	r.Device = d.deviceOf(r.View.Name)
 	v := d.volume(id)
 	if v == nil {
@@ -344,6 +346,9 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 	case !serving:
 		out.Health = control.Suspended
 		out.Reason = suspendedReason(sv, reports, off)
+		if awaitsOperator(sv, reports) && canSeal(out, sv) {
+			out.Next = "blockstep failover " + sv.Name
+		}
 		if out.Next == "" {
 			out.Next = "wait: it goes on by itself (blockstep wait " + sv.Name + " --for primary)"
 		}
@@ -352,6 +357,33 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 	default:
 		out.Health, out.Next = control.Healthy, ""
 	}
+}
+
+// awaitsOperator reports whether nobody is in office or about to be, and only an
+// operator changes that: also a primary that is started again is none any more.
+func awaitsOperator(sv *state.Volume, reports map[ident.Node]volumeReport) bool {
+	p := reports[sv.Primary]
+	if sv.Primary == "" || p.inOffice() || p.Reached && p.Core.Role == core.RolePrimaryElect {
+		return false
+	}
+	for _, r := range reports {
+		if r.Manual {
+			return true
+		}
+	}
+	return false
+}
+
+// canSeal reports whether enough of the in-sync set is there for a failover that
+// loses nothing.
+func canSeal(out *control.VolumeStatus, sv *state.Volume) bool {
+	n := 0
+	for _, r := range out.Replicas {
+		if r.State == control.InSync && sv.InSet(ident.Node(r.Node)) {
+			n++
+		}
+	}
+	return n >= sv.SealsNeeded()
 }
 
 func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off []string) string {
@@ -366,6 +398,9 @@ func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off 
 		reason = fmt.Sprintf("%s is taking office", sv.Primary)
 	case primary.Core.Suspended:
 		reason = fmt.Sprintf("its primary %s has no majority of the in-sync set, or too few copies (min_copies %d)", sv.Primary, sv.Options.MinCopies)
+	}
+	if awaitsOperator(sv, reports) {
+		reason += "; automatic failover is off (failover.auto)"
 	}
 	for _, r := range reports {
 		if r.Waiting != "" {
