@@ -264,12 +264,9 @@ func (l *loader) admin() Admin {
 	return Admin{Listen: a}
 }
 
-// mode reads a file mode as it is spelled: to YAML, 0660 is the number 432.
+// mode reads a file mode.
 func (l *loader) mode(name string) os.FileMode {
 	s := l.str(name)
-	if n := l.find(name); n != nil && !l.overridden(name) {
-		s = n.Value
-	}
 	n, err := strconv.ParseUint(s, 8, 32)
 	if err != nil || n > 0o777 {
 		l.fail(name, fmt.Sprintf("%q is not a file mode", s), "allowed are octal modes, for example 0660")

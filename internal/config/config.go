@@ -8,7 +8,10 @@ package config
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
+	"regexp"
+	"strings"
 	"time"
 )
 
@@ -205,6 +208,23 @@ func (e *Error) Error() string {
 	return s
 }
 
+// hostRule is what the name or address of a host is made of.
+var hostRule = regexp.MustCompile(`^[A-Za-z0-9._-]*$`)
+
+// checkHost says what is wrong with the host of an address. That it resolves is not
+// asked: names may be known on other hosts only.
+func checkHost(host string) string {
+	_, err := netip.ParseAddr(host)
+	switch {
+	case err == nil:
+	case strings.Contains(host, ":"), strings.Trim(host, "0123456789.") == "" && host != "":
+		return "is no IP address"
+	case !hostRule.MatchString(host):
+		return "is no host name"
+	}
+	return ""
+}
+
 // SplitAddress parses host:port with a port from 1 to 65535. Host may be empty
 // only where any says so.
 func SplitAddress(s string, any bool) (host, port string, err error) {
@@ -214,6 +234,9 @@ func SplitAddress(s string, any bool) (host, port string, err error) {
 	}
 	if host == "" && !any {
 		return "", "", fmt.Errorf("%q has no host", s)
+	}
+	if why := checkHost(host); why != "" {
+		return "", "", fmt.Errorf("%q in %q %s", host, s, why)
 	}
 	n, err := net.LookupPort("tcp", port)
 	if err != nil || n < 1 || n > 65535 || !digits(port) {

@@ -155,6 +155,10 @@ func TestErrors(t *testing.T) {
 		{"bad enum", good + "volume: {ack: always}\n", `FILE:12: volume.ack: "always" is not known; allowed are quorum, durable, local`},
 		{"bad nbd scheme", replace("tcp://127.0.0.1:10809", "udp://127.0.0.1:10809"), `FILE:8: nbd.listen[1]: "udp://127.0.0.1:10809" has an unknown scheme "udp"; allowed are unix:///PATH and tcp://HOST:PORT`},
 		{"admin on tcp", replace("unix:///run/blockstep/admin.sock", "tcp://127.0.0.1:1"), `FILE:9: admin.listen: tcp://127.0.0.1:1 is not a unix socket; read-only verbs are served on the node's own address already; write it like unix:///run/blockstep/admin.sock`},
+		{"node address of no IP", replace("10.1.0.2:7700", "10.1.0.300:7700"), `FILE:6: nodes.beta.address: "10.1.0.300" in "10.1.0.300:7700" is no IP address; write HOST:PORT, for example 10.1.0.1:7700`},
+		{"node address of a number", replace("10.1.0.2:7700", "10:7700"), `FILE:6: nodes.beta.address: "10" in "10:7700" is no IP address; write HOST:PORT, for example 10.1.0.1:7700`},
+		{"node address of no IPv6", replace("10.1.0.2:7700", "[fd00::g]:7700"), `FILE:6: nodes.beta.address: "fd00::g" in "[fd00::g]:7700" is no IP address; write HOST:PORT, for example 10.1.0.1:7700`},
+		{"node address of no name", replace("10.1.0.2:7700", "a b:7700"), `FILE:6: nodes.beta.address: "a b" in "a b:7700" is no host name; write HOST:PORT, for example 10.1.0.1:7700`},
 		{"bad metrics address", replace("127.0.0.1:9720", "9720"), `FILE:10: metrics.listen: "9720" is not HOST:PORT; write it like 127.0.0.1:9720, or leave it out to have none`},
 		{"two listeners on one address", replace("127.0.0.1:9720", "127.0.0.1:10809"), `FILE:8: nbd.listen: 127.0.0.1:10809 is used by metrics.listen already; give each its own address`},
 		{"tls half set", replace("nbd:   {", "nbd:   {tls: {cert: /a.pem}, "), `FILE:8: nbd.tls: cert and key go together, and one is missing; set both nbd.tls.cert and nbd.tls.key to PEM files, or none`},
@@ -289,4 +293,29 @@ func FuzzLoad(f *testing.F) {
 			t.Error("a valid configuration whose node is not one of its nodes")
 		}
 	})
+}
+
+// TestAddressesThatAreFine are written in each way that there is.
+func TestAddressesThatAreFine(t *testing.T) {
+	for _, s := range []string{"10.1.0.1:7700", "[fd00::1]:7700", "[fe80::1%eth0]:7700", "alpha:7700", "db_1.example.org:7700", "4u-7.lab:1"} {
+		if _, _, err := SplitAddress(s, false); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestTextIsTakenAsItIsSpelled: what looks like a number to YAML is a name all the same.
+func TestTextIsTakenAsItIsSpelled(t *testing.T) {
+	text := strings.NewReplacer("cluster: prod", "cluster: 1.10", "node: Alpha", "node: 01", "  Alpha:", "  01:", "data_dir: /var/lib/blockstep", "data_dir: 0x10").Replace(good)
+	c, err := Load(write(t, text), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Cluster != "1.10" || c.Node != "01" || filepath.Base(c.DataDir) != "0x10" || c.Value("cluster") != "1.10" {
+		t.Errorf("cluster %q, node %q, data_dir %q", c.Cluster, c.Node, c.DataDir)
+	}
+	t.Setenv("BLOCKSTEP_CLUSTER", "007")
+	if c, err = Load(write(t, text), nil); err != nil || c.Cluster != "007" {
+		t.Errorf("of the environment: %+v, %v", c, err)
+	}
 }

@@ -241,7 +241,16 @@ func mapValue(m *yaml.Node, name string) *yaml.Node {
 	return nil
 }
 
-func (l *loader) str(name string) string { return strings.TrimSpace(l.v.GetString(name)) }
+// str reads a value; text as it is spelled: to YAML, 01 is the number 1, 1.10 is
+// 1.1, and 0660 is 432.
+func (l *loader) str(name string) string {
+	if k, _ := lookup(name); k.kind == kindString && !l.overridden(name) {
+		if n := l.find(name); n != nil && n.Kind == yaml.ScalarNode && n.Tag != "!!null" {
+			return strings.TrimSpace(n.Value)
+		}
+	}
+	return strings.TrimSpace(l.v.GetString(name))
+}
 
 // overridden reports whether the environment or a flag sets the key.
 func (l *loader) overridden(name string) bool {
