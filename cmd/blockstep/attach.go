@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -14,7 +15,13 @@ func (a *app) attachCmd() *cobra.Command {
 	var r control.Attach
 	var ifNeeded bool
 	cmd := &cobra.Command{
-		Use: "attach VOLUME [/dev/nbdN]", Short: "Connect a volume to a kernel device of this host", Args: named("volume", 1, 2),
+		Use: "attach VOLUME [/dev/nbdN]", Short: "Connect a volume to a kernel device of this host",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if err := named("volume", 1, 2)(cmd, args); err != nil || len(args) < 2 || args[1] != "" {
+				return err
+			}
+			return errors.New(`the device is ""; leave it out for a free one, or name one like /dev/nbd0`)
+		},
 		Long: "Connects a volume to /dev/nbdN, or to a free one. The device stays while the\nvolume's primary moves between nodes.",
 	}
 	cmd.Flags().IntVar(&r.Connections, "connections", 0, "connections to the daemon (default 1)")

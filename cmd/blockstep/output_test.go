@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/blockstep/blockstep/internal/control"
 )
 
 // fakeDaemon answers at a socket of its own, whose address it returns.
@@ -147,6 +149,20 @@ func TestVerifyTellsWhatItCompared(t *testing.T) {
 		code := run(t.Context(), []string{"--admin", fakeDaemon(t, h), "verify", "db"}, strings.NewReader(""), &out, &errOut)
 		if code != tc.code || out.String() != tc.out || !strings.HasSuffix(errOut.String(), "%\n"+tc.err) {
 			t.Errorf("%s: exit code %d\n%s%s", tc.line, code, out.String(), errOut.String())
+		}
+	}
+}
+
+// TestNextWithoutALeader: nobody is sent to a node that has no name.
+func TestNextWithoutALeader(t *testing.T) {
+	for want, up := range map[string]bool{
+		"  next: start blockstepd on beta, or check the network between the nodes\n":                     false,
+		"  next: wait: one is elected within seconds; if none is, check the network between the nodes\n": true,
+	} {
+		var out bytes.Buffer
+		verdict(&out, control.ClusterStatus{Nodes: []control.NodeStatus{{Name: "alpha", Up: true}, {Name: "beta", Up: up}}})
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("beta is up: %v:\n%s", up, out.String())
 		}
 	}
 }

@@ -143,7 +143,7 @@ func verdict(w io.Writer, s control.ClusterStatus) {
 	worst(control.Suspended)
 	if !s.Quorum {
 		well = false
-		fmt.Fprintf(w, "there is no Raft leader: nothing can be created, moved or failed over; I/O goes on where a primary serves\n  next: start blockstepd on %s, or check the network between the nodes\n", orDash(down(s.Nodes)))
+		fmt.Fprintf(w, "there is no Raft leader: nothing can be created, moved or failed over; I/O goes on where a primary serves\n  next: %s\n", leaderNext(s.Nodes))
 	}
 	worst(control.Degraded)
 	if off := down(s.Nodes); off != "" && well {
@@ -153,6 +153,14 @@ func verdict(w io.Writer, s control.ClusterStatus) {
 	if well {
 		fmt.Fprintf(w, "all is well: %s, %s\n", count(len(s.Volumes), "healthy volume"), count(len(s.Nodes), "node")+" up")
 	}
+}
+
+// leaderNext is what to do when there is no Raft leader.
+func leaderNext(nodes []control.NodeStatus) string {
+	if off := down(nodes); off != "" {
+		return fmt.Sprintf("start blockstepd on %s, or check the network between the nodes", off)
+	}
+	return "wait: one is elected within seconds; if none is, check the network between the nodes"
 }
 
 // down lists the nodes that are not reached.

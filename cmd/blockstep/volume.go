@@ -57,8 +57,14 @@ Ack says what the answer to a write waits for:
 	f.IntVar(&r.MinCopy, "min-copies", 0, "fewest in-sync replicas that writes go on with (default: 2 with three or more replicas, else 1)")
 	_ = cmd.MarkFlagRequired("size") // it is defined above
 	f.BoolVar(&yes, "yes", false, yesHelp)
-	sure := func(ctx context.Context, _ *control.Client, args []string) error {
+	sure := func(ctx context.Context, _ *control.Client, args []string) (err error) {
 		if err := nodeNamesOf(cmd, "replicas", r.Replicas...); err != nil {
+			return err
+		}
+		if r.Size, err = parseSize(size); err != nil {
+			return err
+		}
+		if r.Devices, err = parseDevices(devices); err != nil {
 			return err
 		}
 		return a.confirm(ctx, yes || len(devices) == 0, args[0], func() string {
@@ -67,13 +73,6 @@ Ack says what the answer to a write waits for:
 	}
 	cmd.RunE = a.askAfter(changeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
 		r.Name = args[0]
-		var err error
-		if r.Size, err = parseSize(size); err != nil {
-			return err
-		}
-		if r.Devices, err = parseDevices(devices); err != nil {
-			return err
-		}
 		v, err := c.CreateVolume(ctx, r)
 		if err != nil {
 			return err
@@ -91,6 +90,9 @@ func parseDevices(list []string) (map[string]string, error) {
 		node, path, ok := strings.Cut(s, "=")
 		if !ok || node == "" || path == "" {
 			return nil, control.Errorf(control.CodeUsage, "write it like --device alpha=/dev/vg0/db", "--device %q is not NODE=PATH", s)
+		}
+		if out[node] != "" {
+			return nil, control.Errorf(control.CodeUsage, "give one device for each node", "--device names %s twice, with %s and %s", node, out[node], path)
 		}
 		out[node] = path
 	}

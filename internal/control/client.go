@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -40,7 +41,8 @@ func Dial(address string) (*Client, error) {
 	network, rest, ok := strings.Cut(address, "://")
 	if network == "tcp" {
 		_, port, err := net.SplitHostPort(rest)
-		ok = ok && err == nil && port != ""
+		n, bad := strconv.ParseUint(port, 10, 16)
+		ok = ok && err == nil && bad == nil && n > 0
 	}
 	if !ok || (network != "unix" && network != "tcp") || rest == "" {
 		return nil, Errorf(CodeUsage, "write it like unix:///run/blockstep/admin.sock or tcp://10.1.0.1:7700", "%q is not an admin address", address)
@@ -48,11 +50,40 @@ func Dial(address string) (*Client, error) {
 	dialer := net.Dialer{Timeout: connectTimeout}
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, network, rest)
+			conn, err := dialer.DialContext(ctx, network, rest)
+			if err != nil {
+				return nil, err
+			}
+			return &httpConn{Conn: conn}, nil
 		},
 		MaxIdleConns: 1,
 	}
 	return &Client{address: address, http: &http.Client{Transport: transport}}, nil
+}
+
+// httpBegins is how each answer does.
+const httpBegins = "HTTP/"
+
+// errNotHTTP is returned by a connection at whose other end nobody speaks HTTP.
+var errNotHTTP = errors.New("it does not speak HTTP")
+
+// httpConn is a connection that judges the first bytes of what answers: an NBD port
+// greets by itself, and net/http would only tell of a malformed response, or that the
+// connection broke.
+type httpConn struct {
+	net.Conn
+	judged bool // used by the one goroutine that reads
+}
+
+func (c *httpConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 && !c.judged {
+		c.judged = true
+		if k := min(n, len(httpBegins)); string(p[:k]) != httpBegins[:k] {
+			return 0, errNotHTTP
+		}
+	}
+	return n, err
 }
 
 // Local reports whether the daemon is one of this host.
@@ -101,6 +132,9 @@ func (c *Client) classify(ctx context.Context, err error) error {
 			return fmt.Errorf("%w: this user may not use %s; be root, or a member of the socket's group (ls -l shows it)", ErrUnreachable, c.address)
 		}
 		return fmt.Errorf("%w at %s (%w); start blockstepd, or name another daemon with --admin", ErrUnreachable, c.address, op.Err)
+	}
+	if errors.Is(err, errNotHTTP) {
+		return fmt.Errorf("%w: what answers at %s does not look like blockstepd; check --admin", ErrUnreachable, c.address)
 	}
 	return fmt.Errorf("%w: the connection to %s broke (%w); look at blockstepd's log, then try again", ErrUnreachable, c.address, err)
 }
