@@ -51,7 +51,7 @@ func openBoltError(dataDir, path string, err error) error {
 	if errors.Is(err, bbolterrors.ErrTimeout) {
 		return fmt.Errorf("data_dir %s is in use by another blockstepd: stop it first", dataDir)
 	}
-	return fmt.Errorf("open %s: %w", path, err)
+	return fileError(dataDir, fmt.Errorf("open %s: %w", path, err))
 }
 
 func damagedBolt(path string, why any) error {

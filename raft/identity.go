@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
@@ -122,7 +123,7 @@ func CheckDir(fsys vfs.FS, dir, cluster string, node ident.Node) error {
 func readIdentity(fsys vfs.FS, path string) (*identity, error) {
 	f, err := fsys.Open(path, vfs.ReadOnly)
 	if err != nil {
-		return nil, fmt.Errorf("open identity: %w", err)
+		return nil, fileError(filepath.Dir(path), fmt.Errorf("open identity: %w", err))
 	}
 	defer func() { _ = f.Close() }() // it was only read
 	size, err := f.Size()
@@ -158,7 +159,19 @@ func writeIdentity(fsys vfs.FS, dir string, id *identity) error {
 	path := filepath.Join(dir, identityFile)
 	err = vfs.ReplaceFile(fsys, path, append(b, '\n'))
 	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
+		return fileError(dir, fmt.Errorf("write %s: %w", path, err))
 	}
 	return nil
+}
+
+// fileError adds what to do about an error of a data_dir's file system, where that
+// is known.
+func fileError(dir string, err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fmt.Errorf("%w: make room in %s", err, dir)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w: let the user that runs blockstepd read and write %s and all that is in it", err, dir)
+	}
+	return err
 }

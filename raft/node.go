@@ -145,7 +145,7 @@ func Open(ctx context.Context, o Options) (*Node, error) {
 		return nil, err
 	}
 	if err := vfs.MakeDir(o.FS, filepath.Join(o.Dir, raftDir)); err != nil {
-		return nil, fmt.Errorf("make data_dir: %w", err)
+		return nil, fileError(o.Dir, fmt.Errorf("make data_dir: %w", err))
 	}
 	id, err := loadIdentity(o.FS, o.Dir, o.Cluster, o.Node)
 	if err != nil {
