@@ -2,14 +2,17 @@ package raft
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log" //nolint:depguard // hclog.Logger has it in its signatures
 	"log/slog"
+	"net"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	hraft "github.com/hashicorp/raft"
 )
 
 // hclogger lets hashicorp/raft log through slog. What raft calls Info is a
@@ -78,6 +81,9 @@ func (h *hclogger) Log(level hclog.Level, msg string, args ...any) {
 		if f, ok := a.(hclog.Format); ok && len(f) > 0 {
 			a = fmt.Sprintf(fmt.Sprint(f[0]), f[1:]...)
 		}
+		if err, ok := a.(error); ok && ownEnd(err) {
+			at = slog.LevelDebug
+		}
 		if i%2 == 0 {
 			a = fmt.Sprint(a)
 		}
@@ -87,6 +93,13 @@ func (h *hclogger) Log(level hclog.Level, msg string, args ...any) {
 		at = slog.LevelDebug
 	}
 	h.l.Log(context.Background(), at, msg, out...) //nolint:sloglint // the message is hashicorp/raft's
+}
+
+// ownEnd reports whether an error is what a connection says that this node has
+// closed, or ended with the node: no complaint, and said after the last word that a
+// node has for its operator.
+func ownEnd(err error) bool {
+	return errors.Is(err, net.ErrClosed) || errors.Is(err, hraft.ErrTransportShutdown) || errors.Is(err, hraft.ErrRaftShutdown)
 }
 
 // complaint names what is complained of: the message, and about whom.
