@@ -47,6 +47,7 @@ func (s *Server) runJanitor() {
 func (c *conn) inspect(now int64) {
 	w := &c.watch
 	read, sent := c.readBytes.Load(), c.sentBytes.Load()
+	still := read == w.read && sent == w.sent // since the last look
 	if read != w.read || w.readSince == 0 {
 		w.read, w.readSince = read, now
 	}
@@ -62,8 +63,10 @@ func (c *conn) inspect(now int64) {
 		w.readSince = now
 	}
 	switch {
-	case admitting && c.gone():
-		c.kill(errGone) // what it holds may be needed by others
+	case admitting && still && c.gone():
+		// What it holds may be needed by others. (One that gets on may have closed
+		// its end behind requests that are all to be done.)
+		c.kill(errGone)
 	case c.midRequest.Load() && now-w.readSince >= int64(l.Stall):
 		c.kill(errStalledRequest)
 	case sending && now-w.sentSince >= int64(l.Stall):

@@ -30,6 +30,9 @@ const (
 	applyPaceBytes   = 2 << 20
 	applyCalmEntries = 4096
 	applyCalmBytes   = 16 << 20
+	// applyZeroMax is how many bytes are zeroed in one call: some tenths of a second
+	// for a disk that has no quick way to do it.
+	applyZeroMax = 16 << 20
 	// applyTurn is for how long pieces are written before others may have the
 	// processor: less than the 10 ms after which the runtime takes it away.
 	applyTurn = 2 * time.Millisecond
@@ -311,10 +314,15 @@ func (w *applyWork) write() error {
 		w.rp.disk.apply.Store(int64(w.rp.clock.Boot()))
 		p := &w.pieces[i]
 		if p.kind != wire.KindData {
-			if err := w.rp.store.Zero(p.off, p.end-p.off, p.flags&wire.FlagNoHole == 0); err != nil {
-				return fmt.Errorf("zero %d bytes at %d: %w", p.end-p.off, p.off, err)
+			// A step at a time: one request may be of GiB, and a slow disk is not one
+			// that hangs.
+			n := min(p.end-p.off, applyZeroMax)
+			if err := w.rp.store.Zero(p.off, n, p.flags&wire.FlagNoHole == 0); err != nil {
+				return fmt.Errorf("zero %d bytes at %d: %w", n, p.off, err)
 			}
-			i++
+			if p.off += n; p.off == p.end {
+				i++
+			}
 			continue
 		}
 		w.vec = w.vec[:0]

@@ -2,6 +2,8 @@ package replication
 
 import (
 	"math"
+	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -86,5 +88,33 @@ func TestOverwritesAreCheckpointed(t *testing.T) {
 	}
 	if most > 32<<20 {
 		t.Errorf("the log has grown to %d MiB, with a checkpoint after 4 MiB and 4 MiB that may wait to be applied", most>>20)
+	}
+}
+
+// TestZeroesAreAppliedInSteps: a request may zero GiB. A disk that takes long for it is
+// slow, and must not look like one that hangs.
+func TestZeroesAreAppliedInSteps(t *testing.T) {
+	const length = 256 << 20
+	var most, total atomic.Int64
+	fs := vfs.Inject(vfs.OS(), func(c vfs.Call) error {
+		if c.Op == vfs.OpZero && filepath.Base(c.Path) == storeFile {
+			most.Store(max(most.Load(), c.Len))
+			total.Add(c.Len)
+		}
+		return nil
+	})
+	v, s := openLoneWith(t, 1<<30, Options{Replica: &ReplicaOptions{FS: fs}})
+	most.Store(0)
+	total.Store(0)
+	done := make(chan error, 1)
+	s.Submit(&Request{Op: OpZero, Offset: 4096, Length: length, NoHole: true, Complete: func(_ *Request, err error) { done <- err }})
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	for st := v.Status(); st.Core.Applied < st.Core.Last.Seq; st = v.Status() {
+		time.Sleep(time.Millisecond)
+	}
+	if total.Load() != length || most.Load() > applyZeroMax {
+		t.Errorf("%d bytes were zeroed, at most %d in one call; want %d and %d", total.Load(), most.Load(), length, applyZeroMax)
 	}
 }

@@ -333,6 +333,7 @@ func (rp *replica) grow(size uint64) error {
 	}
 	rp.meta.Size = size
 	rp.checkpointer.limit(rp.checkpointMax(size))
+	rp.log.SetSpare(rp.spareBytes(size))
 	return rp.writeMeta()
 }
 

@@ -194,18 +194,20 @@ func (rp *replica) openFiles() (core.Start, error) {
 	return start, nil
 }
 
+// spareBytes is how much of trimmed segments is kept for a volume of that size: what a
+// checkpoint covers, and what is written while it is made. With fewer, a load that
+// goes on would have files removed and made anew, of memory and blocks that are new,
+// which cost two to four times the CPU time.
+func (rp *replica) spareBytes(size uint64) int64 { return rp.checkpointMax(size) * 3 / 2 }
+
 // openLog opens the log behind the checkpoint. A resync target may have crashed
 // between the checkpoint that made it one and the log's new beginning: its old
 // log then means nothing, and begins anew at the checkpoint.
 func (rp *replica) openLog(applied ident.Position, target bool) (*wal.Log, wal.Recovery, error) {
 	dir := filepath.Join(rp.opt.Dir, logDir)
-	// What a checkpoint covers, and what is written while it is made: with fewer, a
-	// load that goes on would have files removed and made anew, of memory and blocks
-	// that are new, which cost two to four times the CPU time.
-	spare := rp.checkpointMax(rp.meta.Size) * 3 / 2
 	o := wal.Options{
 		Volume: rp.v.opts.Volume, Replica: rp.id, RetentionBytes: rp.opt.LogRetention, SegmentBytes: rp.opt.LogSegment,
-		SpareBytes: spare, DurableFloor: applied.Seq, VerifyAfter: applied.Seq,
+		SpareBytes: rp.spareBytes(rp.meta.Size), DurableFloor: applied.Seq, VerifyAfter: applied.Seq,
 	}
 	if !target {
 		return wal.Open(rp.opt.FS, dir, o)

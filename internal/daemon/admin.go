@@ -114,7 +114,8 @@ func (b backend) ready() error {
 			"this node cannot write its part of the cluster state: %v", err)
 	}
 	if why, next := b.d.displaced(b.d.cfg); why != "" {
-		return control.Errorf(control.CodeFailed, next, "this node has not heard the cluster state since its start: %s", why)
+		return control.Errorf(control.CodeFailed, next+"; if both are one place: start the nodes that are down",
+			"this node has not heard the cluster state since its start, and may not be found: %s", why)
 	}
 	if f.Done {
 		return control.Errorf(control.CodeFailed, "start the nodes that are down; only if a majority of them is gone for good: blockstep recover --help",

@@ -446,19 +446,6 @@ func TestAnInvalidateThatDoesNotHappen(t *testing.T) {
 	alpha.healthy("db")
 	mark := filepath.Join(filepath.Dir(beta.backing()), invalidMark)
 
-	beta.halt()
-	if err := os.WriteFile(mark, []byte("by an operator\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	beta.start()
-	beta.eventually(20*time.Second, "the mark of before goes", func(context.Context) error {
-		if _, err := os.Stat(mark); !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("it is there: %w", err)
-		}
-		return nil
-	})
-	alpha.healthy("db")
-
 	nodes["gamma"].halt()
 	if err := beta.daemon.Load().raft.Shutdown(); err != nil {
 		t.Fatal(err)

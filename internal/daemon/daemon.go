@@ -80,8 +80,6 @@ type Daemon struct {
 	vols map[ident.Volume]*volume
 	up   map[ident.Node]bool // links that are up
 
-	invalidating sync.RWMutex // held for reading while a replica's mark stands and the cluster state has not heard of it
-
 	rmu       sync.Mutex // guards what follows
 	reporting map[reportKey]bool
 	problems  map[ident.Volume]error // why a replica of this node is not open

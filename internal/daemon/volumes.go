@@ -41,7 +41,6 @@ type volume struct {
 	replica atomic.Bool // this node has a replica of it, and it is open
 	driver  *replication.Volume
 	view    core.View // the newest that the driver has
-	marked  bool      // whether a mark of an invalidate has been looked for
 }
 
 func (v *volume) tellPeer(n ident.Node, up bool) {
@@ -169,9 +168,6 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 	case rep == nil:
 		return d.removeReplicaDir(sv.ID)
 	case v.replica.Load():
-		if !rep.Failed && d.isCurrent() && !v.marked {
-			v.marked = d.dropInvalidMark(sv.ID)
-		}
 		return nil
 	}
 	ro, err := d.replicaOptions(ctx, sv, rep)
@@ -222,6 +218,11 @@ func (d *Daemon) openVolume(ctx context.Context, sv *state.Volume) (*volume, err
 	v := &volume{id: sv.ID, name: sv.Name, driver: driver, view: view}
 	v.replica.Store(opts.Replica != nil)
 	d.vmu.Lock()
+	if err := d.ctx.Err(); err != nil {
+		// Who stops the volumes has been there, perhaps.
+		d.vmu.Unlock()
+		return nil, errors.Join(err, driver.Stop())
+	}
 	d.vols[v.id] = v
 	for n, up := range d.up {
 		if up {
@@ -341,33 +342,32 @@ func (d *Daemon) removeReplicaDir(id ident.Volume) error {
 	return d.fs.SyncDir(filepath.Dir(dir))
 }
 
-// shallRemake reports whether the replica that is open here has been given up
-// (it failed, or an operator invalidated it) and may be made anew.
+// shallRemake reports whether an operator has given the replica here up, and it may
+// be made anew.
 func (d *Daemon) shallRemake(id ident.Volume, rep *state.Replica) bool {
 	sv := d.state().Volumes[id]
-	return rep != nil && rep.Failed && !sv.InSet(d.self) && d.invalidated(id)
+	return rep != nil && rep.Failed && sv != nil && !sv.InSet(d.self) && !d.readmitting(sv) && d.invalidated(id, rep)
 }
 
-// invalidMark is the file by which an operator's invalidate outlives a restart.
-const invalidMark = "invalidated"
+const (
+	// invalidReason is why a replica failed that an operator invalidated.
+	invalidReason = "invalidated by an operator"
+	// invalidMark is the file by which an operator's invalidate of one that had
+	// failed before, or is not the one that the cluster knows, outlives a restart.
+	invalidMark = "invalidated"
+)
 
-func (d *Daemon) invalidated(id ident.Volume) bool {
-	_, err := os.Stat(filepath.Join(d.replicaDir(id), invalidMark))
-	return err == nil
-}
-
-// dropInvalidMark removes the mark of an invalidate that a crash cut off before the
-// cluster state heard of it: else the replica would be made anew when it fails one
-// day, without an operator's word. It reports false while one may be under way.
-func (d *Daemon) dropInvalidMark(id ident.Volume) bool {
-	if !d.invalidating.TryLock() {
+func (d *Daemon) invalidated(id ident.Volume, rep *state.Replica) bool {
+	dir := d.replicaDir(id)
+	if _, err := os.Stat(filepath.Join(dir, invalidMark)); err == nil {
+		return true
+	}
+	if rep.Reason != invalidReason {
 		return false
 	}
-	defer d.invalidating.Unlock()
-	if err := os.RemoveAll(filepath.Join(d.replicaDir(id), invalidMark)); err != nil {
-		d.log.Warn("the mark of an earlier invalidate stays", "volume", d.volumeName(id), "err", err)
-	}
-	return true
+	// Not the one that was made in its stead, and may not be registered yet.
+	local, err := d.localReplica(dir)
+	return err == nil && local == rep.Replica
 }
 
 // replicaOptions finds this node's replica, making and registering it when the
@@ -563,14 +563,10 @@ func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
 		return control.Errorf(control.CodeRefused, "start the nodes that have the others, or see blockstep failover "+sv.Name+" --help",
 			"%s has no primary to copy from: the replica on %s may be the best that is left", sv.Name, d.self)
 	}
-	d.invalidating.RLock()
-	defer d.invalidating.RUnlock()
 	dir := d.replicaDir(sv.ID)
-	if _, err := os.Stat(dir); err == nil {
-		if err := os.WriteFile(filepath.Join(dir, invalidMark), []byte("by an operator\n"), 0o600); err != nil {
-			return fmt.Errorf("marking the replica: %w", err)
-		}
-		if err := d.fs.SyncDir(dir); err != nil {
+	local, err := d.localReplica(dir)
+	if known := err == nil && local == rep.Replica && !rep.Failed; !known {
+		if err := d.markInvalid(dir); err != nil {
 			return fmt.Errorf("marking the replica: %w", err)
 		}
 	}
@@ -583,14 +579,27 @@ func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
 		}}})
 		return err
 	}
-	_, err := d.applyWhole(ctx, state.Command{
+	_, err = d.applyWhole(ctx, state.Command{
 		ID:         raft.NewCommandID(),
-		MarkFailed: &state.MarkFailed{Volume: sv.ID, Node: d.self, Replica: rep.Replica, Reason: "invalidated by an operator"},
+		MarkFailed: &state.MarkFailed{Volume: sv.ID, Node: d.self, Replica: rep.Replica, Reason: invalidReason},
 	})
-	if now := d.state().Volumes[sv.ID]; err != nil && now != nil {
-		if rep := now.Replica(d.self); rep != nil && !rep.Failed {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, invalidMark)))
-		}
+	now := d.state().Volumes[sv.ID]
+	if err != nil || now == nil {
+		return err
 	}
-	return err
+	if is := now.Replica(d.self); is != nil && is.Replica == rep.Replica && is.Failed && is.Reason != invalidReason {
+		return d.invalidateHere(ctx, now) // it had just failed by itself
+	}
+	return nil
+}
+
+// markInvalid writes the invalidMark, if there is anything to mark.
+func (d *Daemon) markInvalid(dir string) error {
+	if _, err := os.Stat(dir); err != nil {
+		return nil //nolint:nilerr // it is made anew anyway
+	}
+	if err := os.WriteFile(filepath.Join(dir, invalidMark), []byte("by an operator\n"), 0o600); err != nil {
+		return err
+	}
+	return d.fs.SyncDir(dir)
 }

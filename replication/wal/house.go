@@ -209,8 +209,11 @@ func (h *house) work() {
 
 // sparesMax is how many empty segments are kept.
 func (l *Log) sparesMax() int {
-	return int(max(sparesMin, l.o.SpareBytes/l.o.SegmentBytes))
+	return int(max(sparesMin, l.spare.Load()/l.o.SegmentBytes))
 }
+
+// SetSpare changes Options.SpareBytes, for what is trimmed from now on.
+func (l *Log) SetSpare(bytes int64) { l.spare.Store(bytes) }
 
 // recycle voids a segment and keeps its file as a spare, or removes it.
 func (h *house) recycle(s *segment) {

@@ -34,6 +34,7 @@ type Log struct {
 	dir string
 	o   Options
 
+	spare   atomic.Int64          // Options.SpareBytes, or what SetSpare said since
 	failure atomic.Pointer[error] // set once, never cleared
 	durable atomic.Uint64         // every entry up to here is fsynced
 	syncs   atomic.Uint64         // fsyncs of records so far
@@ -152,6 +153,7 @@ func Create(fs vfs.FS, dir string, base ident.Position, o Options) (*Log, error)
 
 func newLog(fs vfs.FS, dir string, o Options) *Log {
 	l := &Log{fs: fs, dir: dir, o: o.withDefaults()}
+	l.spare.Store(l.o.SpareBytes)
 	l.w.init()
 	l.house.init(l)
 	return l

@@ -311,12 +311,13 @@ func TestRecyclingKeepsTheNumberOfFiles(t *testing.T) {
 }
 
 // TestOneTrimGivesBackMany: a checkpoint gives back many segments at once. As
-// many as SpareBytes hold are used again, so no file is made or removed then.
+// many as SpareBytes, or SetSpare, says are used again, so no file is made or removed
+// then.
 func TestOneTrimGivesBackMany(t *testing.T) {
 	fs := vfs.NewMem(1)
 	o := small(1)
-	o.SpareBytes = 16 * o.SegmentBytes
 	l := create(t, fs, o)
+	l.SetSpare(16 * o.SegmentBytes)
 	seq := ident.Seq(0)
 	var names []string
 	for round := range 5 {
