@@ -248,7 +248,9 @@ func TestFoundersThatDiffer(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				c.net.mu.Lock()
 				c.net.nodes["beta"] = b
+				c.net.mu.Unlock()
 				a := c.start("alpha")
 				c.start("gamma")
 				until(t, "alpha says what differs", func() bool { s := a.Founding(); return s.Waiting == tc.says && s.Next != "" && s.For == "beta" })

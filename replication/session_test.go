@@ -27,7 +27,9 @@ func TestCloseEndsAllThatIsUnderWay(t *testing.T) {
 				other, s := c.session(at), c.session(at)
 				w := pattern(2, 4096)
 				held := other.write(8192, w, false)
-				under := []<-chan error{s.write(0, w, false), s.write(4096, w, true), s.flush(), s.startRead(0, 4096)}
+				under := []<-chan error{s.write(0, w, false), s.write(4096, w, true)}
+				synctest.Wait() // a read that comes before the write is not held
+				under = append(under, s.flush(), s.startRead(0, 4096))
 				synctest.Wait()
 				s.s.Close()
 				synctest.Wait() // no time passes
