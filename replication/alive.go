@@ -28,11 +28,18 @@ type AliveClock struct {
 	gap    core.Instant
 	last   atomic.Int64
 	stalls atomic.Uint64
+	// pauses counts the stalls of more than a third of gap, the long ones included.
+	pauses atomic.Uint64
 }
 
 // aliveShare is how often Run touches the clock within a gap that is looked for:
 // so that an idle process does not look like a stopped one.
 const aliveShare = 5
+
+// pauseShare is by how much less than the gap a stall may have lasted after which a
+// client that is seen to have gone is not served: more than an idle process's touches
+// are apart.
+const pauseShare = 3
 
 // NewAliveClock makes a clock that counts gaps longer than gap; 0 takes the
 // default link lease. A nil clock is the host's.
@@ -72,11 +79,17 @@ func (a *AliveClock) Stalls() uint64 {
 	if now-last < int64(time.Millisecond) {
 		return a.stalls.Load()
 	}
+	// The counts rise before the clock is moved: whoever sees the new time sees the
+	// new count. Two finders count twice, which does no harm.
+	if now-last > int64(a.gap)/pauseShare {
+		a.pauses.Add(1)
+	}
 	if now-last > int64(a.gap) {
-		// The count rises before the clock is moved: whoever sees the new time
-		// sees the new count. Two finders count twice, which does no harm.
 		a.stalls.Add(1)
 	}
 	a.last.Store(now)
 	return a.stalls.Load()
 }
+
+// Pauses returns how many shorter stalls, too, had been noticed by the last Stalls.
+func (a *AliveClock) Pauses() uint64 { return a.pauses.Load() }

@@ -44,11 +44,14 @@ func TestStallOfTheProcess(t *testing.T) {
 	for _, tc := range []struct {
 		name        string
 		local, gone bool
+		stood       time.Duration
 		want        error
 	}{
-		{"local and there", true, false, nil},
-		{"local and gone", true, true, ErrClientGone},
-		{"across the network", false, false, ErrClientGone},
+		{"local and there", true, false, 6 * time.Second, nil},
+		{"local and gone", true, true, 6 * time.Second, ErrClientGone},
+		{"across the network", false, false, 6 * time.Second, ErrClientGone},
+		{"not for long, and gone", false, true, 2 * time.Second, ErrClientGone},
+		{"not for long, and there", false, false, 2 * time.Second, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
@@ -59,7 +62,7 @@ func TestStallOfTheProcess(t *testing.T) {
 				s.mustWrite(0, a)
 				v := c.nodes["n1"].vol
 				// The process stands still: the clock has gone on without it.
-				v.alive.last.Store(v.alive.last.Load() - int64(6*time.Second))
+				v.alive.last.Store(v.alive.last.Load() - int64(tc.stood))
 				s.s.client.Local, s.gone = tc.local, tc.gone
 				err := <-s.write(0, b, false)
 				if !errors.Is(err, tc.want) {

@@ -37,6 +37,7 @@ type Session struct {
 	replicaOf  ident.Node // VOLUME@NODE: whose content; "": the volume
 	next       atomic.Uint64
 	stalls     atomic.Uint64 // of the process, when the client was last known to be there
+	pauses     atomic.Uint64 // likewise, the shorter ones too
 	closed     atomic.Bool
 	remote     atomic.Bool // another node has been sent requests of it
 }
@@ -58,6 +59,7 @@ func (v *Volume) OpenReplicaSession(_ context.Context, node ident.Node, c Client
 func (v *Volume) openSession(c Client, replicaOf ident.Node) (*Session, error) {
 	s := &Session{v: v, client: c, id: randomID(), replicaOf: replicaOf}
 	s.stalls.Store(v.alive.Stalls())
+	s.pauses.Store(v.alive.Pauses())
 	v.cmu.Lock()
 	defer v.cmu.Unlock()
 	if v.stopped {
@@ -158,9 +160,21 @@ func (r *Request) begin(s *Session) {
 // connection ends ("stopped-forwarder-writes-late"). The caller has captured
 // the link's echo already, so that a stall after this check is found by the
 // age of that echo.
+//
+// After one that was shorter than the link's lease, a client that is seen to have gone
+// is not served either: its write would be in time, but somebody else may have written
+// in its place meanwhile.
 func (s *Session) admit() error {
-	n := s.v.alive.Stalls()
+	n, p := s.v.alive.Stalls(), s.v.alive.Pauses()
 	if s.stalls.Load() == n {
+		if s.pauses.Load() == p {
+			return nil
+		}
+		if s.client.Gone != nil && s.client.Gone() {
+			s.end(fmt.Errorf("%w while this node stood still", ErrClientGone))
+			return ErrClientGone
+		}
+		s.pauses.Store(p)
 		return nil
 	}
 	if s.client.Local && s.client.Gone != nil && !s.client.Gone() {

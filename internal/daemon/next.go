@@ -10,6 +10,9 @@ import (
 	"github.com/blockstep/blockstep/raft/state"
 )
 
+// replacedReason begins the reason of a replica that failed with its node's replacement.
+const replacedReason = "the node was replaced"
+
 // nextStep is the command for the first replica that needs an operator. What it
 // names works as it stands, in the state that the status shows. office: there is a
 // primary, be it one that has too few copies to answer its clients.
@@ -67,6 +70,9 @@ func nextOf(out *control.VolumeStatus, sv *state.Volume, r control.ReplicaStatus
 	case control.Failed:
 		if isFull(sv, r) {
 			return fmt.Sprintf("make room on %s: it comes back by itself (blockstep wait %s --for healthy)", r.Node, out.Volume)
+		}
+		if rep := sv.Replica(ident.Node(r.Node)); rep != nil && (rep.Reason == invalidReason || strings.HasPrefix(rep.Reason, replacedReason)) {
+			return fmt.Sprintf("wait: it is copied anew by itself, once blockstepd runs on %s (blockstep wait %s --for healthy)", r.Node, out.Volume)
 		}
 		return fmt.Sprintf("replace the disk of %s, then: blockstep invalidate %s --node %s", r.Node, out.Volume, r.Node)
 	case control.CatchingUp, control.Resyncing, control.Amnesiac:

@@ -396,6 +396,8 @@ func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off 
 		reason = fmt.Sprintf("its primary %s gives no answer", sv.Primary)
 	case primary.Core.Role == core.RolePrimaryElect:
 		reason = fmt.Sprintf("%s is taking office", sv.Primary)
+	case primary.Core.Suspended && len(sv.InSync) < sv.Options.MinCopies:
+		reason = fmt.Sprintf("%d in sync of min_copies %d (with fewer: blockstep volume set %s --min-copies %[1]d)", len(sv.InSync), sv.Options.MinCopies, sv.Name)
 	case primary.Core.Suspended:
 		reason = fmt.Sprintf("its primary %s has no majority of the in-sync set, or too few copies (min_copies %d)", sv.Primary, sv.Options.MinCopies)
 	}

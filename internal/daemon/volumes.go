@@ -583,12 +583,25 @@ func (d *Daemon) invalidateHere(ctx context.Context, sv *state.Volume) error {
 		ID:         raft.NewCommandID(),
 		MarkFailed: &state.MarkFailed{Volume: sv.ID, Node: d.self, Replica: rep.Replica, Reason: invalidReason},
 	})
-	now := d.state().Volumes[sv.ID]
-	if err != nil || now == nil {
+	if err != nil {
 		return err
 	}
-	if is := now.Replica(d.self); is != nil && is.Replica == rep.Replica && is.Failed && is.Reason != invalidReason {
-		return d.invalidateHere(ctx, now) // it had just failed by itself
+	// It may have failed by itself just before, and this node have heard of neither.
+	var now *state.Volume
+	if !d.until(ctx, func(s *state.State) bool {
+		if now = s.Volumes[sv.ID]; now == nil {
+			return true
+		}
+		is := now.Replica(d.self)
+		return is == nil || is.Replica != rep.Replica || is.Failed
+	}) {
+		return ctx.Err()
+	}
+	if now == nil {
+		return nil
+	}
+	if is := now.Replica(d.self); is != nil && is.Replica == rep.Replica && is.Reason != invalidReason {
+		return d.invalidateHere(ctx, now)
 	}
 	return nil
 }

@@ -43,6 +43,8 @@ type peer struct {
 	// replica that returns with less has had its disk changed.
 	owes  ident.Seq
 	floor ident.Seq
+	// leftAt is where it stood when the trim horizon passed it.
+	leftAt cumMark
 
 	next       ident.Seq // the next entry to send; matched < next
 	sentCommit ident.Seq

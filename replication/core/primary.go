@@ -175,6 +175,16 @@ func (c *Core) lagBytes(seq ident.Seq) int64 {
 	return c.p.cum - marks[i-1].cum
 }
 
+// lagOf is lagBytes of a peer, for the operator: also of one that is behind all that
+// is remembered of how much was appended when.
+func (c *Core) lagOf(pr *peer) int64 {
+	at := max(pr.matched, pr.floor)
+	if pr.leftAt.seq == at && pr.leftAt.seq != 0 && len(c.p.cums) > 0 && at < c.p.cums[0].seq {
+		return c.p.cum - pr.leftAt.cum
+	}
+	return c.lagBytes(at)
+}
+
 // stepDown ends a reign. Everything that waits is sent back to be tried at the
 // next primary, which finds out by session and request what took effect.
 func (c *Core) stepDown(rule string) {
@@ -595,6 +605,11 @@ func (c *Core) moveTrim() {
 	}
 	c.trim = max(c.trim, to)
 	for len(c.p.cums) > 1 && c.p.cums[1].seq <= c.trim {
+		for _, pr := range c.p.peers {
+			if at := max(pr.matched, pr.floor); c.p.cums[0].seq <= at && at < c.p.cums[1].seq {
+				pr.leftAt = cumMark{seq: at, cum: c.p.cums[0].cum}
+			}
+		}
 		c.p.cums = c.p.cums[1:]
 	}
 }

@@ -209,3 +209,44 @@ func TestDrainDoesNotWaitForWhoHasPromisedMore(t *testing.T) {
 		t.Error("the lease is kept although nobody is left who takes an entry")
 	}
 }
+
+// How far a replica that is away is behind, once the horizon has passed it: since it
+// left, and not since the primary took office.
+func TestLagOfWhoIsAway(t *testing.T) {
+	const many = 30_000 // nearly 3 MiB of log
+	c, e := primaryOf(t, []ident.Node{"a", "b", "c"}, 2)
+	now := Instant(2)
+	write := func() {
+		for i := range many {
+			c.Request(now, Request{Origin: Origin{ID: 1}, Kind: wire.KindZero, Len: 4096, Session: 1, Request: uint64(c.last.Seq) + 1, LastSeen: c.last})
+			if i%100 == 99 {
+				c.written1(now, e)
+				c.acked(now, "b", c.last.Seq)
+				c.written1(now, e)
+				c.Applied(now, c.applyTo)
+			}
+		}
+	}
+	write()
+	c.acked(now, "c", c.last.Seq)
+	left := c.last.Seq
+	c.PeerDown(now, "c")
+	v := c.view
+	v.Set, v.SetVersion = []ident.Node{"a", "b"}, 2
+	c.View(now, v)
+	write()
+	c.Checkpointed(now, c.applied)
+	now += 1e8
+	c.Tick(now)
+	c.acked(now, "b", c.last.Seq)
+	c.written1(now, e)
+	write()
+	if c.trim <= left {
+		t.Fatalf("the trim horizon stands at %d, c left at %d", c.trim, left)
+	}
+	for _, p := range c.Status(now).Peers {
+		if want := int64(2*many) * entryOverhead; p.Node == "c" && (p.LagBytes < want || p.LagBytes > want+2<<20) {
+			t.Errorf("c lags by %d bytes, want %d and up to 2 MiB more", p.LagBytes, want)
+		}
+	}
+}

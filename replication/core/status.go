@@ -29,7 +29,7 @@ func (c *Core) Status(now Instant) Status {
 			ResyncRate: rate, HeardAgo: ago,
 			DirtyBytes: dirty, ResyncDone: done, ResyncTotal: total,
 			Node: pr.node, State: c.peerStateName(pr), Connected: c.heard(pr),
-			Matched: pr.matched, Durable: pr.durable, LagBytes: c.lagBytes(max(pr.matched, pr.floor)),
+			Matched: pr.matched, Durable: pr.durable, LagBytes: c.lagOf(pr),
 			LeaseGranted: pr.grantUntil > c.now,
 		})
 	}
