@@ -397,7 +397,8 @@ func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off 
 	case primary.Core.Role == core.RolePrimaryElect:
 		reason = fmt.Sprintf("%s is taking office", sv.Primary)
 	case primary.Core.Suspended && len(sv.InSync) < sv.Options.MinCopies:
-		reason = fmt.Sprintf("%d in sync of min_copies %d (with fewer: blockstep volume set %s --min-copies %[1]d)", len(sv.InSync), sv.Options.MinCopies, sv.Name)
+		reason = fmt.Sprintf("its primary %s has %d in sync, too few copies (min_copies %d); to go on with those: blockstep volume set %s --min-copies %[2]d",
+			sv.Primary, len(sv.InSync), sv.Options.MinCopies, sv.Name)
 	case primary.Core.Suspended:
 		reason = fmt.Sprintf("its primary %s has no majority of the in-sync set, or too few copies (min_copies %d)", sv.Primary, sv.Options.MinCopies)
 	}
