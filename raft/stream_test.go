@@ -19,6 +19,17 @@ func streams(t *testing.T, n *testNet, cluster, raftID, address string, id ...st
 	return newBoundStream(t.Context(), o, raftID, address, func() string { return strings.Join(id, "") })
 }
 
+// acceptAll lets in whom the stream lets in, until it is closed.
+func acceptAll(s *boundStream) {
+	for {
+		c, err := s.Accept()
+		if err != nil {
+			return
+		}
+		c.Close()
+	}
+}
+
 func TestConnectionsAreBoundToRaftIDs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newTestNet()
@@ -28,15 +39,7 @@ func TestConnectionsAreBoundToRaftIDs(t *testing.T) {
 		defer a.Close()
 		defer b.Close()
 		defer x.Close()
-		go func() {
-			for {
-				c, err := b.Accept()
-				if err != nil {
-					return
-				}
-				c.Close()
-			}
-		}()
+		go acceptAll(b)
 		if c, err := a.Dial("b/1@b:1", time.Second); err != nil {
 			t.Error(err)
 		} else {
@@ -63,15 +66,7 @@ func TestConnectionsAreBoundToClusterIDs(t *testing.T) {
 		to := map[string]*boundStream{"": streams(t, n, "prod", "b/1", "b:1"), "7": streams(t, n, "prod", "b/7", "b:7", "7")}
 		for id, b := range to {
 			defer b.Close()
-			go func() {
-				for {
-					c, err := b.Accept()
-					if err != nil {
-						return
-					}
-					c.Close()
-				}
-			}()
+			go acceptAll(b)
 			for _, own := range []string{"", "7", "8"} {
 				a := streams(t, n, "prod", "a/1", "a:1", own)
 				c, err := a.Dial(hraft.ServerAddress(b.self+"@"+b.address), time.Second)

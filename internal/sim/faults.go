@@ -110,12 +110,7 @@ func (s *Sim) Inject(f Fault, i int) {
 	case FaultSlow:
 		n.disk.slowTo = s.now + s.delay(100*ms, 3*s1)
 	case FaultHang:
-		to := s.now + s.delay(50*ms, 3*s1)
-		if s.chance(0.3) {
-			n.disk.storeHungTo = to
-		} else {
-			n.disk.hungTo = to
-		}
+		s.hang(n, s.delay(50*ms, 3*s1))
 	case FaultSwitchover:
 		if c := s.ctl[0]; c != nil {
 			c.want, c.drain = true, true
@@ -136,13 +131,17 @@ func (s *Sim) Inject(f Fault, i int) {
 	case FaultSplit:
 		s.split()
 	case FaultLongHang:
-		to := s.now + s.delay(s1, 10*s1)
-		if s.chance(0.3) {
-			n.disk.storeHungTo = to
-		} else {
-			n.disk.hungTo = to
-		}
+		s.hang(n, s.delay(s1, 10*s1))
 	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultRate, FaultEcho, faultKinds:
+	}
+}
+
+// hang lets the disk of a node hang for d, or its backing store alone.
+func (s *Sim) hang(n *node, d int64) {
+	if s.chance(0.3) {
+		n.disk.storeHungTo = s.now + d
+	} else {
+		n.disk.hungTo = s.now + d
 	}
 }
 
