@@ -205,6 +205,54 @@ func TestLeaderDiesAndComesBack(t *testing.T) {
 	})
 }
 
+// A leader sends heartbeats half as often as hashicorp/raft would for what followers
+// wait for; who leads no more is soon a follower like all others.
+func TestPaceOfHeartbeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestCluster(t)
+		defer c.stop()
+		for _, f := range testFounders {
+			c.start(f.Name)
+		}
+		paced := func(l *Node) func() bool {
+			return func() bool {
+				c.net.mu.Lock()
+				defer c.net.mu.Unlock()
+				for _, n := range c.net.nodes {
+					rc, want := n.raft.ReloadableConfig(), n.opts.HeartbeatTimeout
+					if n == l {
+						want *= leaderPace
+					}
+					if rc.HeartbeatTimeout != want || rc.ElectionTimeout < want {
+						return false
+					}
+				}
+				return true
+			}
+		}
+		old := c.waitLeader()
+		until(t, "the leader's pace, and only its", paced(old))
+		terms := old.Term()
+		time.Sleep(time.Minute)
+		if c.leader() != old || old.Term() != terms {
+			t.Errorf("within a quiet minute the term went from %d to %d", terms, old.Term())
+		}
+		c.net.isolate(string(old.opts.Node) + ":1")
+		until(t, "another leader", func() bool {
+			c.net.mu.Lock()
+			defer c.net.mu.Unlock()
+			for _, n := range c.net.nodes {
+				if n != old && n.IsLeader() {
+					return !old.IsLeader()
+				}
+			}
+			return false
+		})
+		c.net.heal(string(old.opts.Node) + ":1")
+		until(t, "one leader's pace", func() bool { return paced(c.leader())() })
+	})
+}
+
 func TestApplyAtAFollowerNamesTheLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestCluster(t)

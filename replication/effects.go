@@ -199,7 +199,9 @@ func (rp *replica) performAnswers(e *core.Effects) {
 		rp.v.finishOp(r, status, a.Pos, why)
 	}
 	rp.done.flush()
-	clear(rp.forgotten)
+	if len(rp.forgotten) > 0 {
+		clear(rp.forgotten)
+	}
 	for _, id := range e.Released {
 		if r := rp.barriers[id]; r != nil {
 			delete(rp.barriers, id)

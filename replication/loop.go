@@ -35,9 +35,16 @@ func (rp *replica) turn(flushes bool) {
 // It ends when ctx has ended, the inbox is closed and empty, and nobody has the
 // turn.
 func (rp *replica) runLoop(ctx context.Context) {
-	defer rp.ticker.Stop()
 	done := ctx.Done()
 	rp.in.tick()
+	var tick <-chan time.Time // nil with a pulse
+	var again func()
+	if rp.v.opts.Pulse == nil {
+		ticker := time.NewTimer(untilNext(rp.clock, rp.tickEvery()))
+		defer ticker.Stop()
+		tick = ticker.C
+		again = func() { ticker.Reset(untilNext(rp.clock, rp.tickEvery())) }
+	}
 	for {
 		if rp.in.enter(true) {
 			rp.step(0, false)
@@ -49,9 +56,9 @@ func (rp *replica) runLoop(ctx context.Context) {
 		case <-done:
 			done = nil
 		case <-rp.in.wake:
-		case <-rp.ticker.C:
+		case <-tick:
 			rp.in.tick()
-			rp.ticker.Reset(rp.ownTick())
+			again()
 		}
 	}
 }
@@ -109,6 +116,13 @@ func (rp *replica) step(rounds int, flushes bool) {
 			idle = idle && len(rp.effects.Append)+len(rp.effects.Answers)+len(rp.effects.SealReplies) == 0
 		}
 		rp.disk.loop.Store(0)
+		rest := int64(0)
+		if idle {
+			rest = int64(min(rp.core.RestsUntil(), rp.nextStatus))
+		}
+		if rest != rp.restsUntil.Load() {
+			rp.restsUntil.Store(rest)
+		}
 		switch {
 		case !idle:
 			rp.v.opts.Links.Flush()

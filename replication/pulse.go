@@ -5,34 +5,46 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/blockstep/blockstep/replication/core"
 )
 
 // Pulse ticks the replicas of a node, one after the other, in one goroutine: a
 // hundred idle ones then wake the process once, and not a hundred goroutines of
 // it, and what they say to a peer leaves in one message.
 //
-// A turn that it takes may have to wait for a disk. So each replica has a timer of
-// its own, set anew at each beat, that fires when the next one is late.
+// A turn that it takes may have to wait for a disk. So there is a second goroutine,
+// which has all replicas tick by themselves while a round is late, and a third
+// that watches the disks.
 type Pulse struct {
 	clock Clock
 	every time.Duration
+	looks time.Duration // between two looks for disks that hang
 
 	mu   sync.Mutex
 	list []*replica
 	wake chan struct{} // the first replica has come
 }
 
-// NewPulse makes a pulse for replicas with the given heartbeat; a nil clock is
-// the host's.
-func NewPulse(clock Clock, heartbeat time.Duration) *Pulse {
+// NewPulse makes a pulse for replicas with the given heartbeat and stall timeout;
+// 0 takes the defaults of ReplicaOptions, and a nil clock is the host's.
+func NewPulse(clock Clock, heartbeat, stall time.Duration) *Pulse {
 	if clock == nil {
 		clock = bootClock{}
 	}
-	return &Pulse{clock: clock, every: tickEvery(heartbeat), wake: make(chan struct{}, 1)}
+	def(&heartbeat, heartbeatDefault)
+	def(&stall, stallDefault)
+	return &Pulse{clock: clock, every: tickEvery(heartbeat), looks: stall / stallLooks, wake: make(chan struct{}, 1)}
 }
 
 // Run beats until ctx ends; without replicas it sleeps.
 func (p *Pulse) Run(ctx context.Context) {
+	late := time.NewTimer(p.every * 3 / 2)
+	defer late.Stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { p.runLate(ctx, late) })
+	wg.Go(func() { p.runStallWatch(ctx) })
 	timer := time.NewTimer(p.every)
 	defer timer.Stop()
 	var list []*replica
@@ -42,9 +54,11 @@ func (p *Pulse) Run(ctx context.Context) {
 			return
 		case <-p.wake:
 		case <-timer.C:
+			late.Reset(p.every * 3 / 2) // when the next round is half a tick late
 			list = p.replicas(list[:0])
+			now := p.clock.Boot()
 			for _, rp := range list {
-				rp.beat()
+				rp.beat(now)
 			}
 			if len(list) == 0 {
 				continue // until one comes
@@ -52,6 +66,44 @@ func (p *Pulse) Run(ctx context.Context) {
 			list[0].v.opts.Links.Flush() // they all have the node's
 		}
 		timer.Reset(untilNext(p.clock, p.every))
+	}
+}
+
+// runLate stands in for rounds that do not come.
+func (p *Pulse) runLate(ctx context.Context, late *time.Timer) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-late.C:
+		}
+		list := p.replicas(nil)
+		for _, rp := range list {
+			rp.in.tick()
+			signal(rp.in.wake)
+		}
+		if len(list) > 0 { // else the next round is the first
+			late.Reset(p.every)
+		}
+	}
+}
+
+func (p *Pulse) runStallWatch(ctx context.Context) {
+	timer := time.NewTimer(untilNext(p.clock, p.looks))
+	defer timer.Stop()
+	var list []*replica
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			timer.Reset(untilNext(p.clock, p.looks))
+		}
+		list = p.replicas(list[:0])
+		now := p.clock.Boot()
+		for _, rp := range list {
+			rp.watchStall(now, p.looks)
+		}
 	}
 }
 
@@ -77,18 +129,10 @@ func (p *Pulse) leave(rp *replica) {
 	p.list = slices.DeleteFunc(p.list, func(r *replica) bool { return r == rp })
 }
 
-// ownTick returns when the replica ticks by itself: at the next tick, or, with a
-// pulse, when its next beat is half a tick late.
-func (rp *replica) ownTick() time.Duration {
-	if rp.v.opts.Pulse != nil {
-		return rp.tickEvery() * 3 / 2
+// beat is one tick, by the pulse, if there is anything that it could do.
+func (rp *replica) beat(now core.Instant) {
+	if now >= core.Instant(rp.restsUntil.Load()) {
+		rp.in.tick()
 	}
-	return untilNext(rp.clock, rp.tickEvery())
-}
-
-// beat is one tick, by the pulse.
-func (rp *replica) beat() {
-	rp.ticker.Reset(rp.ownTick())
-	rp.in.tick()
-	rp.turn(true)
+	rp.turn(true) // for what was left quietly, too
 }

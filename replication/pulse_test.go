@@ -17,7 +17,7 @@ import (
 // Another volume of the node ticks on by itself: it keeps its lease. When the disk answers, the pulse beats again for both.
 func TestPulseThatHangs(t *testing.T) {
 	const lease = 400 * time.Millisecond
-	pulse := NewPulse(nil, lease/4)
+	pulse := NewPulse(nil, lease/4, 0)
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { pulse.Run(ctx) })
@@ -86,7 +86,7 @@ func TestPulseThatHangs(t *testing.T) {
 
 // TestPulseHasWhatRuns: a replica has the pulse from its start to its stop.
 func TestPulseHasWhatRuns(t *testing.T) {
-	pulse := NewPulse(nil, 20*time.Millisecond)
+	pulse := NewPulse(nil, 20*time.Millisecond, 0)
 	v, _ := openLoneWith(t, 1<<20, Options{Pulse: pulse, Replica: &ReplicaOptions{FS: vfs.OS()}})
 	if list := pulse.replicas(nil); len(list) != 1 || list[0] != v.rep() {
 		t.Errorf("%d replicas have the pulse", len(list))

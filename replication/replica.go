@@ -58,6 +58,7 @@ type replica struct {
 	stopping   atomic.Bool // its files may be closed at any moment
 	reopening  atomic.Bool // it was stopped because its disk was full, and is to be opened anew
 	lastStatus atomic.Pointer[core.Status]
+	restsUntil atomic.Int64 // core.Instant: until then a beat of the pulse is nothing
 
 	in           *inbox
 	syncer       *syncer
@@ -69,7 +70,6 @@ type replica struct {
 	readers      readPool
 	disk         diskWatch
 
-	ticker   *time.Timer // fires when a tick is due, or when the pulse is late
 	ctx      context.Context
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup // all but the loop
@@ -99,11 +99,17 @@ type replica struct {
 	drainID      uint64
 }
 
+// Defaults of ReplicaOptions that a Pulse shares.
+const (
+	heartbeatDefault = 250 * time.Millisecond
+	stallDefault     = 3 * time.Second
+)
+
 func (o *ReplicaOptions) setDefaults() {
 	def(&o.Store, filepath.Join(o.Dir, storeFile))
-	def(&o.Heartbeat, 250*time.Millisecond)
+	def(&o.Heartbeat, heartbeatDefault)
 	def(&o.LeaseFor, time.Second)
-	def(&o.StallTimeout, 3*time.Second)
+	def(&o.StallTimeout, stallDefault)
 	def(&o.DriftPPM, 1000)
 	def(&o.RetryAfter, time.Second)
 	def(&o.LogRetention, 256<<20)
@@ -190,9 +196,12 @@ func createFiles(ctx context.Context, o *Options, ro *ReplicaOptions, id ident.R
 // start starts the goroutines.
 func (rp *replica) start() {
 	rp.ctx, rp.cancel = context.WithCancel(context.Background())
-	rp.ticker = time.NewTimer(rp.ownTick())
-	rp.wg.Add(4)
-	go rp.runStallWatch(rp.ctx)
+	rp.disk.looked = rp.clock.Boot()
+	rp.wg.Add(3)
+	if rp.v.opts.Pulse == nil {
+		rp.wg.Add(1)
+		go rp.runStallWatch(rp.ctx)
+	}
 	go rp.runSyncer(rp.ctx)
 	go rp.runApplier(rp.ctx)
 	go rp.runCheckpointer(rp.ctx)

@@ -16,7 +16,14 @@ type diskWatch struct {
 	sync  atomic.Int64 // the fsync of the log
 	apply atomic.Int64 // one write of the backing store, or one read of the log for it
 	said  atomic.Pointer[string]
+
+	// Of who watches.
+	looked core.Instant
+	began  core.Instant // of the operation that was said to hang
 }
+
+// stallLooks is how often a watch looks within the time that makes a stall.
+const stallLooks = 4
 
 // oldest returns the operation that has been out for longest; "" when there is
 // none. Checkpoints are not among them: nobody waits for one, and on a slow disk
@@ -34,38 +41,42 @@ func (rp *replica) oldest() (what string, since core.Instant) {
 	return what, since
 }
 
-// runStallWatch says when the disk begins to hang and when it answers again:
-// the loop itself may be what stands.
+// runStallWatch watches the disk of a replica that has no pulse.
 func (rp *replica) runStallWatch(ctx context.Context) {
 	defer rp.wg.Done()
-	every := rp.opt.StallTimeout / 4
+	every := rp.opt.StallTimeout / stallLooks
 	timer := time.NewTimer(untilNext(rp.clock, every))
 	defer timer.Stop()
-	var began core.Instant // of the operation that was said to hang
-	for last := rp.clock.Boot(); ; {
+	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-timer.C:
 			timer.Reset(untilNext(rp.clock, every))
+			rp.watchStall(rp.clock.Boot(), every)
 		}
-		now := rp.clock.Boot()
-		late := now-last > core.Instant(2*every)
-		last = now
-		what, since := rp.oldest()
-		hangs := what != "" && now-since > core.Instant(rp.opt.StallTimeout)
-		switch {
-		case hangs && began == 0 && !late: // else the process itself stood still
-			began = since
-			text := fmt.Sprintf("its disk hangs: %s has been out for more than %v", what, rp.opt.StallTimeout)
-			rp.disk.said.Store(&text)
-			rp.event(core.Event{Name: "stalled", To: "Stalled", Rule: text})
-		case !hangs && began != 0:
-			rp.disk.said.Store(nil)
-			took := time.Duration(now - began).Round(100 * time.Millisecond)
-			rp.event(core.Event{Name: "stalled", From: "Stalled", To: "Answering", Rule: fmt.Sprintf("its disk answers again after about %v", took)})
-			began = 0
-		}
+	}
+}
+
+// watchStall says when the disk begins to hang and when it answers again: the
+// loop itself may be what stands. One goroutine looks, every so often.
+func (rp *replica) watchStall(now core.Instant, every time.Duration) {
+	d := &rp.disk
+	late := now-d.looked > core.Instant(2*every)
+	d.looked = now
+	what, since := rp.oldest()
+	hangs := what != "" && now-since > core.Instant(rp.opt.StallTimeout)
+	switch {
+	case hangs && d.began == 0 && !late: // else the process itself stood still
+		d.began = since
+		text := fmt.Sprintf("its disk hangs: %s has been out for more than %v", what, rp.opt.StallTimeout)
+		d.said.Store(&text)
+		rp.event(core.Event{Name: "stalled", To: "Stalled", Rule: text})
+	case !hangs && d.began != 0:
+		d.said.Store(nil)
+		took := time.Duration(now - d.began).Round(100 * time.Millisecond)
+		rp.event(core.Event{Name: "stalled", From: "Stalled", To: "Answering", Rule: fmt.Sprintf("its disk answers again after about %v", took)})
+		d.began = 0
 	}
 }
 

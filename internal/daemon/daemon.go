@@ -159,7 +159,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.setMemory()
 	d.openLinks()
 	d.alive = replication.NewAliveClock(nil, 0)
-	d.pulse = replication.NewPulse(nil, d.cfg.Volume.Heartbeat)
+	d.pulse = replication.NewPulse(nil, d.cfg.Volume.Heartbeat, d.cfg.Volume.StallTimeout)
 	d.wg.Go(func() { d.alive.Run(d.ctx) })
 	d.wg.Go(func() { d.pulse.Run(d.ctx) })
 	d.wg.Go(func() { d.runCurrent(d.ctx) })
@@ -256,8 +256,8 @@ func (d *Daemon) openCluster(ctx context.Context) error {
 		},
 		Peers: d, Logger: d.log, FS: d.fs,
 		HeartbeatTimeout: d.cfg.Raft.Heartbeat, ElectionTimeout: d.cfg.Raft.Election, StallTimeout: d.cfg.Volume.StallTimeout,
-		// On a slow machine, for which a longer heartbeat is set, a leader is patient too.
-		LeaderLeaseTimeout: min(d.cfg.Raft.Heartbeat, max(400*time.Millisecond, d.cfg.Raft.Heartbeat/2)),
+		// Less than the followers wait, and much more than heartbeats are apart.
+		LeaderLeaseTimeout: d.cfg.Raft.Heartbeat * 4 / 5,
 	})
 	if err != nil {
 		return err

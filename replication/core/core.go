@@ -72,6 +72,8 @@ type Core struct {
 
 	p primary
 	t target
+	// wantedSet's: no tick allocates them anew.
+	fit, live []ident.Node
 	// links says to whom a link is up, in every role.
 	links map[ident.Node]bool
 
@@ -350,12 +352,54 @@ func (c *Core) isPrimary() bool { return c.role == RolePrimary || c.role == Role
 
 // Tick lets time pass: leases, heartbeats, time-outs.
 func (c *Core) Tick(now Instant) {
+	var before owed
+	rests := invariant.Enabled && now < c.RestsUntil()
+	if rests {
+		before = c.owed()
+	}
 	c.advance(now)
 	if c.isPrimary() {
 		c.tickPrimary()
-		return
+	} else {
+		c.tickSecondary()
 	}
-	c.tickSecondary()
+	if rests && c.owed() != before {
+		invariant.Assert(false, "core: a tick at %d, within a rest, made %+v of %+v", now, c.owed(), before)
+	}
+}
+
+// RestsUntil returns the instant before which ticks do nothing unless there is an
+// input; 0 when each has something to look at. Those rest whose primary is heard
+// and has nothing under way: they make up most of a node that is idle.
+func (c *Core) RestsUntil() Instant {
+	if c.isPrimary() {
+		return c.primaryRests()
+	}
+	if !c.guards() {
+		return 0
+	}
+	return c.lapse()
+}
+
+// owed is what a tick may add to.
+type owed struct {
+	sends, reports, answers, proposes int
+	ask, change                       bool
+	syncTo                            ident.Seq
+	due                               int
+}
+
+func (c *Core) owed() owed {
+	o := owed{
+		sends: len(c.send) + len(c.early), reports: len(c.reports), answers: len(c.answers), proposes: len(c.proposes),
+		ask: c.p.askDue, change: c.p.change != nil, syncTo: c.p.syncTo,
+	}
+	for _, pr := range c.p.peers {
+		if pr.sendDue {
+			o.due++
+		}
+	}
+	return o
 }
 
 // View brings the newest cluster state of the volume. Older views are ignored.

@@ -459,6 +459,14 @@ func (c *Core) answer() {
 	c.barriers = keep
 }
 
+// askAgain returns when the lease is to be asked for again: in the next heartbeat
+// of the clock, and not so long after the last time, so that all volumes of a node
+// ask at once and a tick that comes a little early does not skip one.
+func (c *Core) askAgain() Instant {
+	every := Instant(c.cfg.Heartbeat)
+	return c.p.askedAt - c.p.askedAt%every + every
+}
+
 // ask asks every peer, and ourselves, for the lease anew.
 func (c *Core) ask() {
 	if c.p.released || c.stalled() {
@@ -486,7 +494,7 @@ func (c *Core) tickPrimary() {
 		// Nobody took over: only a new epoch can make this volume serve again.
 		c.report(ReportReseal, c.p.epoch)
 	}
-	if c.now >= c.p.askedAt+Instant(c.cfg.Heartbeat) {
+	if c.now >= c.askAgain() {
 		c.ask()
 	}
 	for _, pr := range c.p.peers {
@@ -499,6 +507,28 @@ func (c *Core) tickPrimary() {
 	}
 	c.considerSet()
 	c.expire()
+}
+
+// primaryRests is RestsUntil of a primary: until the lease is to be asked for, if
+// all members hold all that there is and know so, and nobody waits.
+func (c *Core) primaryRests() Instant {
+	p := &c.p
+	if c.role != RolePrimary || p.released || p.draining || p.change != nil || !p.held.empty() || !p.synced.empty() ||
+		len(c.queue)+len(c.barriers) > 0 || c.commit < c.last.Seq || c.durable < c.last.Seq ||
+		c.readStarted != 0 || c.applyStarted != 0 {
+		return 0
+	}
+	until := c.askAgain()
+	for _, pr := range p.peers {
+		if !c.inSet(pr.node) || pr.state != peerStream || pr.matched < c.last.Seq || pr.sentCommit < c.commit || !c.heard(pr) || c.unfit(pr.node) != "" {
+			return 0
+		}
+		until = min(until, pr.lastHeard+Instant(c.cfg.LeaseFor))
+	}
+	if set, _, _ := c.wantedSet(); set != nil {
+		return 0
+	}
+	return until
 }
 
 // expire fails what has been held for longer than on_no_quorum allows.

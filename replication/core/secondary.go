@@ -206,9 +206,19 @@ func (c *Core) clearAmnesia() {
 
 // tickSecondary reports a volume whose primary nobody can hear of.
 func (c *Core) tickSecondary() {
-	if !c.haveView || c.view.Deleted || c.failed != "" || !slices.Contains(c.view.Set, c.cfg.Node) {
-		return
+	if c.guards() && c.now > c.lapse() {
+		c.report(ReportLapsed, c.view.Epoch)
 	}
+}
+
+// guards reports whether a primary that has fallen silent is ours to report: a
+// member of the in-sync set does that.
+func (c *Core) guards() bool {
+	return c.haveView && !c.view.Deleted && c.failed == "" && slices.Contains(c.view.Set, c.cfg.Node)
+}
+
+// lapse returns the instant after which no primary has a lease that we granted.
+func (c *Core) lapse() Instant {
 	since := max(c.grantUntil, c.silentUntil)
 	if c.view.Epoch > 0 && c.grantEpoch < c.view.Epoch {
 		// A new primary gets the time of one lease to make itself heard, unless
@@ -217,9 +227,7 @@ func (c *Core) tickSecondary() {
 			since = max(since, c.viewSince+Instant(c.cfg.LeaseFor))
 		}
 	}
-	if c.now > since {
-		c.report(ReportLapsed, c.view.Epoch)
-	}
+	return since
 }
 
 // readySecondary sends the one answer that this batch owes the primary.

@@ -39,7 +39,7 @@ func (c *Core) considerSet() {
 	}
 	c.p.changeID++
 	c.p.change = &setChange{
-		id: c.p.changeID, set: set, version: c.view.SetVersion, fence: c.last.Seq, joiner: joiner, reason: reason,
+		id: c.p.changeID, set: slices.Clone(set), version: c.view.SetVersion, fence: c.last.Seq, joiner: joiner, reason: reason,
 	}
 	c.p.syncTo = max(c.p.syncTo, c.last.Seq)
 }
@@ -51,7 +51,7 @@ func (c *Core) wantedSet() (set []ident.Node, joiner ident.Node, rule string) {
 	enough := func(set []ident.Node) bool { return len(set) >= max(c.view.MinCopies, 1) }
 	// All that are no use go at once: one of them alone would leave a set that
 	// the others keep from ever holding anything.
-	var fit, live []ident.Node
+	fit, live := c.fit[:0], c.live[:0] // of every tick: valid until the next
 	for _, n := range c.view.Set {
 		why, pr := c.unfit(n), c.peer(n)
 		if why == "" {
@@ -63,6 +63,7 @@ func (c *Core) wantedSet() (set []ident.Node, joiner ident.Node, rule string) {
 			live = append(live, n)
 		}
 	}
+	c.fit, c.live = fit, live
 	if len(fit) < len(c.view.Set) {
 		// Below min_copies too: those that go hold nothing that counts, and a
 		// set that small answers nobody until they are back.

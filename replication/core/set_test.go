@@ -250,3 +250,65 @@ func TestLagOfWhoIsAway(t *testing.T) {
 		}
 	}
 }
+
+// A primary rests between two askings for its lease while nobody has anything to do,
+// and a secondary until what it granted lapses; a request, a member that has left or
+// fallen silent, and a member that leaves end that.
+func TestWhoHasNothingToDoRests(t *testing.T) {
+	c, e := primaryOf(t, []ident.Node{"a", "b", "c"}, 1)
+	now := Instant(15e7)
+	beat := func() {
+		t.Helper()
+		c.Tick(now)
+		c.written1(now, e)
+		for _, n := range []ident.Node{"b", "c"} {
+			c.acked(now, n, c.last.Seq)
+		}
+		c.written1(now, e)
+	}
+	beat()
+	beat()
+	if got := c.RestsUntil(); got != 2e8 {
+		t.Fatalf("a quiet primary rests until %d, and asks again at 200000000", got)
+	}
+	now += 1e6
+	c.Request(now, Request{Origin: Origin{ID: 1}, Kind: wire.KindZero, Len: 4096, Session: 1, Request: 1, LastSeen: c.last})
+	c.written1(now, e)
+	if c.RestsUntil() != 0 {
+		t.Error("a primary rests beside a request that is not held by all")
+	}
+	beat()
+	beat()
+	if c.RestsUntil() == 0 {
+		t.Error("a primary does not rest after a request")
+	}
+	v := c.view
+	v.SetVersion++
+	v.Members = slices.Clone(v.Members)
+	v.Members[2].Leaving = true
+	c.View(now, v)
+	if c.RestsUntil() != 0 {
+		t.Error("a primary rests that is to evict who leaves")
+	}
+	v.SetVersion++
+	v.Members[2].Leaving = false
+	c.View(now, v)
+	if c.RestsUntil() == 0 {
+		t.Error("a primary does not rest when all stay")
+	}
+	c.advance(now + 2e9)
+	if c.RestsUntil() != 0 {
+		t.Error("a primary rests whose members are silent")
+	}
+
+	s := New(Config{Node: "b", Replica: 2, Incarnation: 1, LeaseFor: 1e9, LeaseMax: 1e9, Heartbeat: 1e8}, Start{Fresh: true}, 1)
+	s.View(1, View{Set: []ident.Node{"a", "b"}, SetVersion: 1, Size: 1 << 30, MinCopies: 1, Members: []Member{{Node: "a", Replica: 1}, {Node: "b", Replica: 2}}})
+	s.grantUntil = 5e9
+	if got := s.RestsUntil(); got != 5e9 {
+		t.Errorf("a secondary rests until %d, and has granted a lease until 5000000000", got)
+	}
+	s.Failed(2, "for the test")
+	if s.RestsUntil() != 0 {
+		t.Error("a secondary that has failed rests")
+	}
+}

@@ -276,18 +276,20 @@ func (m *Manager) runTicker() {
 	t := time.NewTimer(next())
 	defer t.Stop()
 	defer m.soon.Stop()
-	for n := 1; ; n++ {
+	var last time.Duration // the ping interval of the clock that the last ping was in
+	for {
 		select {
 		case <-t.C:
 			t.Reset(next())
+			now := time.Duration(m.opt.Clock()) / m.opt.Ping
 			for _, l := range m.peers.Load().list {
 				l.in.watch(m)
-				if n%watchesPerPing == 0 {
+				if now != last {
 					l.tick()
 				}
 			}
+			last = now
 		case <-m.soon.C:
-			n-- // no tick
 			m.soonDue.Store(false)
 			m.Flush()
 		case <-m.ctx.Done():

@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/blockstep/blockstep/internal/sock"
 )
 
 // writer puts a round on a connection. It is for one goroutine at a time.
@@ -101,17 +103,13 @@ func (w *writer) write(r *round, wait bool) error {
 // It returns false to be called again when the socket is writable.
 func (w *writer) writev(fd uintptr) bool {
 	w.iov = w.iov[:0]
+	bytes := 0
 	for _, part := range w.vec[:min(len(w.vec), iovecMax)] {
 		v := unix.Iovec{Base: unsafe.SliceData(part)}
 		v.SetLen(len(part))
 		w.iov = append(w.iov, v)
+		bytes += len(part)
 	}
-	for {
-		n, _, errno := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))), uintptr(len(w.iov)))
-		if errno == unix.EINTR {
-			continue
-		}
-		w.n, w.errno = int(n), errno
-		return errno != unix.EAGAIN || !w.wait
-	}
+	w.n, w.errno = sock.Writev(fd, w.iov, bytes)
+	return w.errno != unix.EAGAIN || !w.wait
 }
