@@ -8,8 +8,6 @@ import (
 
 	hraft "github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-
-	"github.com/blockstep/blockstep/internal/sock"
 )
 
 // hashicorp/raft sends heartbeats from goroutines that never touch the disk, so
@@ -148,5 +146,5 @@ func (m *muteSwitch) bind(ctx context.Context, conn net.Conn) net.Conn {
 	shut := func() { conn.Close() }
 	stopMute := context.AfterFunc(m.context(), shut)
 	stopEnd := context.AfterFunc(ctx, shut)
-	return &boundConn{Conn: sock.Brief(conn), stop: func() { stopMute(); stopEnd() }}
+	return &boundConn{Conn: conn, stop: func() { stopMute(); stopEnd() }}
 }

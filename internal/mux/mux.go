@@ -24,6 +24,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/blockstep/blockstep/internal/sock"
 )
 
 // The prefaces of our protocols.
@@ -73,9 +75,9 @@ func New(l net.Listener, logger *slog.Logger) *Mux {
 		done:   make(chan struct{}),
 		conns:  map[net.Conn]struct{}{},
 	}
-	m.http = newSub(l.Addr())
+	m.http = newSub(l.Addr(), "")
 	for _, p := range []string{PrefaceRaft, PrefacePeer, PrefaceNode} {
-		m.subs[p] = newSub(l.Addr())
+		m.subs[p] = newSub(l.Addr(), p)
 	}
 	return m
 }
@@ -173,6 +175,7 @@ func (m *Mux) runSniff(conn net.Conn) {
 		conn.Close()
 		return
 	}
+	conn = tuned(conn, target.preface)
 	if rest != nil {
 		conn = &replayed{Conn: conn, head: rest}
 	}
@@ -238,7 +241,16 @@ func Dial(ctx context.Context, address, preface string) (net.Conn, error) {
 		return nil, fmt.Errorf("greeting %s: %w", address, err)
 	}
 	_ = conn.SetWriteDeadline(time.Time{})
-	return conn, nil
+	return tuned(conn, preface), nil
+}
+
+// tuned returns the connection as its protocol is best served. Raft's are those that
+// speak while all else is quiet.
+func tuned(conn net.Conn, preface string) net.Conn {
+	if preface == PrefaceRaft {
+		return sock.Brief(conn)
+	}
+	return conn
 }
 
 // SetNoDelay switches Nagle's algorithm off: an ack that waits for more to send
@@ -267,14 +279,15 @@ func (r *replayed) Read(p []byte) (int, error) {
 
 // sub is the listener of one protocol.
 type sub struct {
-	addr  net.Addr
-	conns chan net.Conn
-	done  chan struct{}
-	once  sync.Once
+	addr    net.Addr
+	preface string // "": HTTP's
+	conns   chan net.Conn
+	done    chan struct{}
+	once    sync.Once
 }
 
-func newSub(addr net.Addr) *sub {
-	return &sub{addr: addr, conns: make(chan net.Conn, backlogMax), done: make(chan struct{})}
+func newSub(addr net.Addr, preface string) *sub {
+	return &sub{addr: addr, preface: preface, conns: make(chan net.Conn, backlogMax), done: make(chan struct{})}
 }
 
 // put hands a connection over; false when nobody takes it.
