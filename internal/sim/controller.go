@@ -230,6 +230,9 @@ func (s *Sim) promote(c *controller, v *state.Verdict) {
 	}}, done: func(*command) {
 		if c.round.on && c.round.epoch == epoch {
 			c.round.on = false
+			if s.healed || s.chance(0.5) {
+				c.want = false // what was reported of earlier epochs is forgotten
+			}
 		}
 	}})
 }

@@ -192,7 +192,9 @@ func (s *Sim) blockRead(n *node) {
 		binary.LittleEndian.PutUint64(b.Payload.B[k*16:], uint64(p.Epoch))
 		binary.LittleEndian.PutUint64(b.Payload.B[k*16+8:], uint64(p.Seq))
 	}
-	s.put(n, input{kind: inBlocksRead, br: q, block: b})
+	// Entries are committed, and applied, between the read and its end.
+	n.blocksRead = append(n.blocksRead, input{kind: inBlocksRead, br: q, block: b})
+	s.at(s.delay(0, 5*ms), event{kind: evBlockShown, node: n.i, gen: n.gen})
 }
 
 func (s *Sim) logRead(n *node) {

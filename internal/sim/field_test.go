@@ -141,6 +141,25 @@ var fieldScenarios = []scenario{
 		s.Restart(p)
 		s.Converge(0, 1, 2)
 	}},
+	{"copied-replica-copies-another", Options{Trim: true, Blocks: 48}, func(s *Sim) {
+		// What changed while a third was away is known to whoever was copied
+		// meanwhile, too: it may be the one that the third comes back to.
+		p := s.AwaitPrimary()
+		b, c := (p+1)%3, (p+2)%3
+		s.Write(p, 3)
+		s.Flush(p)
+		s.RunFor(s1)
+		s.Crash(FaultKill, c)
+		s.Write(p, 48)
+		s.Flush(p)
+		s.wipe(s.nodes[b])
+		s.Await(20*s1, "its eviction", func() bool { return !s.InSet(b) })
+		s.Await(20*s1, "its copy", func() bool { return s.InSet(b) })
+		s.Switchover(b)
+		s.Write(b, 2)
+		s.Restart(c)
+		s.Converge(0, 1, 2)
+	}},
 	{"both-sides-changed-before-they-meet", Options{Trim: true}, func(s *Sim) {
 		// An operator forces the cut-off side; the old one writes on. When they
 		// meet, the forced side counts, and all replicas become the same.

@@ -63,6 +63,8 @@ type node struct {
 	}
 	blocks     []*wire.Blocks // to be written to the backing store
 	blockReads []core.BlockRead
+	blocksRead []input   // what those that were read showed
+	startedAt  ident.Seq // the end of the log when the process started
 	resets     int
 	logReads   []core.LogRead
 	reads      []read
@@ -157,7 +159,7 @@ func (s *Sim) config(n *node) core.Config {
 		Heartbeat: heartbeat, LeaseFor: leaseFor, LeaseMax: leaseFor, DriftPPM: driftPPM,
 		StallTimeout: 2 * leaseFor, RetryAfter: 4 * heartbeat,
 		WindowBytes: 64 * 96, AppendBytesMax: 16 * 96, AppendEntriesMax: 16,
-		UnappliedMax: 256 * 96, UnappliedEntries: 192, DedupMax: s.opt.DedupMax, LagMax: 200 * 96, ResyncChunk: 4 * blockSize, ResyncMax: s.opt.Rate, ResyncMin: s.opt.Rate / 4,
+		UnappliedMax: 256 * 96, UnappliedEntries: s.opt.Entries, DedupMax: s.opt.DedupMax, LagMax: 200 * 96, ResyncChunk: 4 * blockSize, ResyncMax: s.opt.Rate, ResyncMin: s.opt.Rate / 4,
 	}
 }
 
@@ -169,6 +171,7 @@ func (s *Sim) start(n *node) {
 	}
 	n.gen++
 	n.up, n.stopped, n.busy, n.core = true, false, false, nil
+	n.startedAt = n.disk.log.last().Seq
 	n.inbox = n.inbox[:0]
 	n.registering = false
 	n.peers = make([]bool, len(s.nodes))
@@ -176,6 +179,7 @@ func (s *Sim) start(n *node) {
 	n.sync.on, n.sync.again, n.apply.on, n.ckpt.on, n.ckpt.again = false, false, false, false, false
 	n.apply.since = 0
 	n.blocks, n.blockReads = n.blocks[:0], n.blockReads[:0]
+	n.blocksRead = n.blocksRead[:0]
 	n.logReads, n.reads, n.drains, n.change = n.logReads[:0], n.reads[:0], n.drains[:0], nil
 	n.openTo, n.readAt = 0, 0
 	if n.replica {
@@ -264,6 +268,9 @@ func (s *Sim) nodeEvent(n *node, e *event) {
 		s.logRead(n)
 	case evBlockRead:
 		s.blockRead(n)
+	case evBlockShown:
+		s.put(n, n.blocksRead[0])
+		n.blocksRead = slices.Delete(n.blocksRead, 0, 1)
 	case evSeal:
 		if n.core != nil {
 			s.put(n, input{kind: inSeal, b: e.a, x: e.x})

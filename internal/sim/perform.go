@@ -3,6 +3,7 @@ package sim
 import (
 	"slices"
 
+	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
@@ -166,14 +167,21 @@ func (s *Sim) fsyncTime(n *node) int64 {
 
 // unappliedMax bounds the entries that a replica holds in memory because they
 // are not applied: the limit for new ones, what is in flight besides, and as
-// much again for what a restart or a change of primary brings on top.
-const unappliedMax = 3 * (256 + 64 + 16)
+// much again for what a change of primary brings on top.
+func (s *Sim) unappliedMax() ident.Seq {
+	limit := 256
+	if s.opt.Entries > 0 {
+		limit = s.opt.Entries
+	}
+	return ident.Seq(3 * (limit + 64 + 16))
+}
 
 // rest does what needs no order.
 func (s *Sim) rest(n *node) {
 	e := &n.eff
-	if k := n.disk.log.last().Seq - n.apply.done; k > unappliedMax {
-		s.fail("I9", "node %s holds %d entries that are not applied", n.name, k)
+	// What the log held at the start is read back from it, and in no memory.
+	if last, from := n.disk.log.last().Seq, max(n.apply.done, n.startedAt); last > from+s.unappliedMax() {
+		s.fail("I9", "node %s holds %d entries that are not applied", n.name, last-from)
 	}
 	if n.ticks++; e.SyncTo > 0 || (n.disk.log.durable < n.disk.log.last().Seq && n.ticks%32 == 0) {
 		s.startSync(n)

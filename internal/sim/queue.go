@@ -6,38 +6,39 @@ import "github.com/blockstep/blockstep/replication/wire"
 type kind uint8
 
 const (
-	evTick      kind = iota + 1 // node: the driver's timer
-	evStep                      // node: the next step of performing effects
-	evMsg                       // node b's message for node; x: link generation
-	evPeer                      // node: its connection to b is up (x=1) or down (x=0)
-	evLinkTry                   // link node-b: try to connect
-	evLinkStale                 // link node-b: break it if it is still blocked; x: link generation
-	evSync                      // node: an fsync of the log has returned
-	evApply                     // node: the applier goes on
-	evCkpt                      // node: begin (x=0) or end (x=1) a checkpoint
-	evRead                      // node: read a ends; x its number
-	evLogRead                   // node: an entry of n.logReads is ready
-	evBlockRead                 // node: blocks of n.blockReads are read
-	evStart                     // node: the process starts
-	evCont                      // node: SIGCONT
-	evOp                        // session a goes on
-	evApplyCmd                  // cluster state: command x commits
-	evOutcome                   // its proposer hears of it
-	evView                      // node: view number x arrives
-	evViewAll                   // the cluster state repeats itself to everybody
-	evCtl                       // controller a: time passes
-	evSeal                      // node: controller a's SEAL(x)
-	evSealed                    // controller a: answer of node
-	evReport                    // controllers: report of node
-	evDrain                     // node: controller a asks it to drain epoch x
-	evUndrain                   // node: nobody waits for drain x any more
-	evDrained                   // controller a: node has drained
-	evFault                     // the next fault
-	evUnhang                    // node: its disk is quick again
-	evUnblock                   // links node-b: a partition ends; b<0: all of node's
-	evHeal                      // faults end
-	evCheck                     // are we there yet
-	evCall                      // a scenario's own step
+	evTick       kind = iota + 1 // node: the driver's timer
+	evStep                       // node: the next step of performing effects
+	evMsg                        // node b's message for node; x: link generation
+	evPeer                       // node: its connection to b is up (x=1) or down (x=0)
+	evLinkTry                    // link node-b: try to connect
+	evLinkStale                  // link node-b: break it if it is still blocked; x: link generation
+	evSync                       // node: an fsync of the log has returned
+	evApply                      // node: the applier goes on
+	evCkpt                       // node: begin (x=0) or end (x=1) a checkpoint
+	evRead                       // node: read a ends; x its number
+	evLogRead                    // node: an entry of n.logReads is ready
+	evBlockRead                  // node: blocks of n.blockReads are read
+	evBlockShown                 // node: its core hears of those of n.blocksRead
+	evStart                      // node: the process starts
+	evCont                       // node: SIGCONT
+	evOp                         // session a goes on
+	evApplyCmd                   // cluster state: command x commits
+	evOutcome                    // its proposer hears of it
+	evView                       // node: view number x arrives
+	evViewAll                    // the cluster state repeats itself to everybody
+	evCtl                        // controller a: time passes
+	evSeal                       // node: controller a's SEAL(x)
+	evSealed                     // controller a: answer of node
+	evReport                     // controllers: report of node
+	evDrain                      // node: controller a asks it to drain epoch x
+	evUndrain                    // node: nobody waits for drain x any more
+	evDrained                    // controller a: node has drained
+	evFault                      // the next fault
+	evUnhang                     // node: its disk is quick again
+	evUnblock                    // links node-b: a partition ends; b<0: all of node's
+	evHeal                       // faults end
+	evCheck                      // are we there yet
+	evCall                       // a scenario's own step
 )
 
 type event struct {

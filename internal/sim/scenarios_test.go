@@ -598,16 +598,19 @@ var scenarios = []scenario{
 		s.Restart(0)
 		s.Converge(0, 1, 2, 3, 4)
 	}},
-	{"slow-secondary-is-bounded", Options{}, func(s *Sim) {
-		// A secondary whose fsync hangs holds what it could not apply in
-		// memory: clients must not push it through its limit (I9).
-		p := s.AwaitPrimary()
-		q := (p + 1) % 3
-		s.HangDisk(q, 1000*s1)
-		for range 30 {
-			s.Write(p, 100)
-		}
-	}},
+	{"slow-secondary-is-bounded", Options{}, pushASlowSecondary},
+	{"slow-secondary-is-bounded-in-entries", Options{Entries: 64}, pushASlowSecondary},
+}
+
+// A secondary whose fsync hangs holds what it could not apply in memory: clients must
+// not push it through its limit (I9).
+func pushASlowSecondary(s *Sim) {
+	p := s.AwaitPrimary()
+	q := (p + 1) % 3
+	s.HangDisk(q, 1000*s1)
+	for range 30 {
+		s.Write(p, 100)
+	}
 }
 
 // withhold lets no entry after upTo through to a node.

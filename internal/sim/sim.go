@@ -39,6 +39,7 @@ type Options struct {
 	MinCopies,
 	DedupMax int
 	Hold     int64 // on_no_quorum: error after this long; 0: hold
+	Entries  int   // UnappliedEntries; 0: only their bytes are bounded
 	Rate     int64 // bytes that a resync may move in a second; 0: no ceiling
 	FaultFor int64 // ns of virtual time in which faults are injected
 	HealFor  int64 // ns within which the healed cluster must serve and converge
@@ -107,6 +108,9 @@ func Draw(seed uint64) Options {
 	}
 	o.Faults = drawFaults(r)
 	o.Most = r.IntN(2) == 0
+	if r.IntN(2) == 0 {
+		o.Entries = 64
+	}
 	return o
 }
 
