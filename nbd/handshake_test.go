@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"path/filepath"
@@ -260,7 +261,9 @@ func TestOptions(t *testing.T) {
 		"list meta, all":                list(nbdtest.MetaData("v"), meta, meta, acked),
 		"list meta, base":               list(nbdtest.MetaData("v", "base:"), meta, acked),
 		"list meta, namespace":          list(nbdtest.MetaData("v", "blockstep:"), meta, acked),
-		"list meta, a parameter":        list(nbdtest.MetaData("v", "blockstep:dirty-since:1:2"), meta, acked),
+		"list meta, a position":         list(nbdtest.MetaData("v", "blockstep:dirty-since:1:0"), meta, acked),
+		"list meta, position unknown":   list(nbdtest.MetaData("v", "blockstep:dirty-since:1:77"), acked),
+		"list meta, bad parameter":      list(nbdtest.MetaData("v", "blockstep:dirty-since:x", "base:"), meta, acked),
 		"list meta, twice the same":     list(nbdtest.MetaData("v", "base:", "base:allocation"), meta, acked),
 		"list meta, unknown leaf":       list(nbdtest.MetaData("v", "base:what"), acked),
 		"list meta, unknown namespace":  list(nbdtest.MetaData("v", "qemu:"), acked),
@@ -397,6 +400,50 @@ func TestMetaContextOfAnotherExport(t *testing.T) {
 	if got := errorChunk(t, h.Conn); got != nbdtest.EINVAL {
 		t.Errorf("BLOCK_STATUS without a context: %v", got)
 	}
+}
+
+// TestListMetaContextLeavesNothing: the session that judges a position is closed, and
+// what SET_META_CONTEXT has selected stays. It judges no more positions than a session
+// may have, and where that cannot be told the option fails.
+func TestListMetaContextLeavesNothing(t *testing.T) {
+	closed := make(chan string, 9)
+	e := &shut{Exports: &nbdtest.Interceptor{Exports: one(), OnClose: func(name string) { closed <- name }}}
+	h := begin(t, serve(t, e))
+	position := nbdtest.MetaData("v", "blockstep:dirty-since:1:0")
+	for _, s := range []step{
+		{nbdtest.OptStructuredReply, nil, nil},
+		{nbdtest.OptSetMetaContext, position, nil},
+		{nbdtest.OptListMetaContext, position, nil},
+	} {
+		if _, err := h.Ask(s.opt, s.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(closed) != 1 {
+		t.Errorf("%d sessions are closed after LIST_META_CONTEXT, want the one that it has opened", len(closed))
+	}
+	var positions []string
+	for i := range 17 {
+		positions = append(positions, fmt.Sprintf("blockstep:dirty-since:1:%d", i))
+	}
+	if _, err := h.Ask(nbdtest.OptListMetaContext, nbdtest.MetaData("v", positions...)); !refusedWith(err, nbdtest.RepErrTooBig) {
+		t.Errorf("17 positions: %v", err)
+	}
+	e.now = true
+	if replies, err := h.Ask(nbdtest.OptListMetaContext, position); err == nil {
+		t.Errorf("a position that cannot be judged: %+v", replies)
+	}
+	e.now = false
+	wantAlive(t, h)
+	send(t, h.Conn, request(nbdtest.CmdBlockStatus, 0, 1, 0, 4096))
+	if got := read(t, h.Conn, 20); binary.BigEndian.Uint16(got[6:]) != 5 { // NBD_REPLY_TYPE_BLOCK_STATUS
+		t.Errorf("BLOCK_STATUS is answered with a chunk of type %d", binary.BigEndian.Uint16(got[6:]))
+	}
+}
+
+func refusedWith(err error, typ uint32) bool {
+	var refused *nbdtest.OptionError
+	return errors.As(err, &refused) && refused.Type == typ
 }
 
 // TestMetaContextsOutliveAFailedGo: what was selected for an export counts until it is

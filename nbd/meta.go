@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"encoding/binary"
+	"errors"
 	"slices"
 	"strings"
 )
@@ -155,10 +156,40 @@ func (n *negotiation) listMeta(data, out []byte) []byte {
 	if len(q.queries) > 0 {
 		found = q.match(false)
 	}
+	if len(found) > contextsMax {
+		return n.fail(out, repErrTooBig, "too many meta contexts")
+	}
+	found, err := n.selectable(q, found)
+	if err != nil {
+		return n.failExport(out, err)
+	}
 	for _, name := range found {
 		out = n.metaReply(out, 0, name)
 	}
 	return n.reply(out, repAck, nil)
+}
+
+// selectable returns those of the contexts found that SET_META_CONTEXT would select
+// now. A name that takes a parameter stands for all that it makes, as the protocol
+// allows; one that has its parameter is judged by a session, as it would be there. An
+// error says that this cannot be told at the moment.
+func (n *negotiation) selectable(q *metaQuery, found []string) ([]string, error) {
+	m := metaSelection{export: q.export}
+	defer m.drop()
+	var out []string
+	for _, name := range found {
+		if !slices.Contains(q.available, name) {
+			_, err := n.prepareContext(&m, name)
+			if errors.Is(err, ErrInvalid) || errors.Is(err, ErrUnsupported) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+		out = append(out, name)
+	}
+	return out, nil
 }
 
 func (n *negotiation) setMeta(data, out []byte) []byte {
