@@ -18,8 +18,13 @@ const (
 	reopenPause    = 2 * time.Second
 	reopenPauseMax = time.Minute
 	// roomBytes is what must be free before it is tried: some segments of the
-	// log and what waits to be applied of it.
+	// log and what waits to be applied of it. A file system that has less than
+	// roomShare times that may never have it free beside the replica's own files:
+	// there its share is enough, or one segment of the log (roomLeast, unless
+	// LogSegment says otherwise), without which nothing goes on.
 	roomBytes = 64 << 20
+	roomShare = 8
+	roomLeast = 16 << 20
 	// roomFile is made and removed again to see whether that much is free.
 	roomFile = "room"
 )
@@ -113,19 +118,31 @@ func (o *ReplicaOptions) room() error {
 		dirs = append(dirs, d)
 	}
 	for _, d := range dirs {
-		if err := roomIn(o.FS, d); err != nil {
-			return fmt.Errorf("%d MiB are not free in %s: %w", roomBytes>>20, d, err)
+		total, err := o.FS.Total(d)
+		if err != nil {
+			return fmt.Errorf("look for room: %w", err)
+		}
+		need := RoomNeeded(total, o.LogSegment)
+		if err := roomIn(o.FS, d, need); err != nil {
+			return fmt.Errorf("%d MiB are not free in %s: %w", need>>20, d, err)
 		}
 	}
 	return nil
 }
 
-func roomIn(fs vfs.FS, dir string) error {
+// RoomNeeded is how much must be free in a file system of total bytes, so that a
+// replica which had no room there is opened anew. segment is of its log (0: 16 MiB).
+func RoomNeeded(total, segment int64) int64 {
+	def(&segment, roomLeast)
+	return min(roomBytes, max(total/roomShare, segment))
+}
+
+func roomIn(fs vfs.FS, dir string, bytes int64) error {
 	path := filepath.Join(dir, roomFile)
 	f, err := fs.Open(path, vfs.Create)
 	if err != nil {
 		return err
 	}
-	err = f.Allocate(0, roomBytes)
+	err = f.Allocate(0, bytes)
 	return errors.Join(err, f.Close(), fs.Remove(path))
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/version"
 	"github.com/blockstep/blockstep/internal/vfs"
+	"github.com/blockstep/blockstep/replication"
 )
 
 const (
@@ -30,7 +31,6 @@ const (
 	fsyncBad   = 500 * time.Millisecond // a lease of 1.5 s has no room for such
 	rttWarn    = 10 * time.Millisecond  // each write waits for one
 	clockWarn  = 500 * time.Millisecond // events of several nodes would be out of order
-	spaceBad   = 64 << 20               // below it a replica leaves: docs/runbooks/disk-failed.md
 	filesWarn  = 4096                   // open files: connections, segments
 )
 
@@ -99,7 +99,7 @@ func (e *exam) disk(fs vfs.FS, dir string) {
 		free, all := int64(s.Bavail)*s.Bsize, int64(s.Blocks)*s.Bsize
 		state := control.FindingOK
 		switch {
-		case free < spaceBad:
+		case free < replication.RoomNeeded(all, 0): // one that has left does not come back: docs/runbooks/disk-failed.md
 			state = control.FindingBad
 		case free < all/20:
 			state = control.FindingWarn

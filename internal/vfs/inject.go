@@ -101,6 +101,8 @@ func (i *injectFS) SyncDir(dir string) error {
 	return i.do(Call{Op: OpSyncDir, Path: dir}, func() error { return i.fs.SyncDir(dir) })
 }
 
+func (i *injectFS) Total(dir string) (int64, error) { return i.fs.Total(dir) }
+
 func (i *injectFS) List(dir string) (names []string, err error) {
 	err = i.do(Call{Op: OpList, Path: dir}, func() error { names, err = i.fs.List(dir); return err })
 	return names, err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
@@ -337,6 +338,20 @@ func (m *Mem) List(dir string) ([]string, error) {
 	}
 	slices.Sort(names)
 	return names, nil
+}
+
+// Total implements FS. Without a capacity it is more than any disk has.
+func (m *Mem) Total(dir string) (int64, error) {
+	dir = filepath.Clean(dir)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.dirLocked("statfs", dir); err != nil {
+		return 0, err
+	}
+	if m.capacity > 0 {
+		return m.capacity, nil
+	}
+	return math.MaxInt64, nil
 }
 
 // SyncDir implements FS.

@@ -137,6 +137,14 @@ func (osFS) SyncDir(dir string) error {
 	return err
 }
 
+func (osFS) Total(dir string) (int64, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(dir, &s); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(s.Blocks) * s.Bsize, nil
+}
+
 func (osFS) Lock(path string) (Unlocker, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, fileMode)
 	if err != nil {

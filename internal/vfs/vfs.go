@@ -63,6 +63,9 @@ type FS interface {
 	List(dir string) ([]string, error)
 	// SyncDir makes the entries of a directory durable.
 	SyncDir(dir string) error
+	// Total returns how many bytes the file system that a directory is in has, free
+	// or not.
+	Total(dir string) (int64, error)
 	// Lock makes path a file and takes an exclusive lock on it that ends with
 	// Close or the process. It returns ErrLocked when somebody has it.
 	Lock(path string) (Unlocker, error)

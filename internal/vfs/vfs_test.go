@@ -73,6 +73,12 @@ func TestFilesAndDirectories(t *testing.T) {
 		}
 		must(t, fs.Rename(p("a"), p("x/b")))
 		must(t, fs.SyncDir(p("x")))
+		if n, err := fs.Total(p("x")); err != nil || n <= 0 {
+			t.Fatalf("the file system has %d bytes: %v", n, err)
+		}
+		if _, err := fs.Total(p("none")); !errors.Is(err, iofs.ErrNotExist) {
+			t.Fatalf("the file system of nothing: %v", err)
+		}
 		names, err := fs.List(p("x"))
 		must(t, err)
 		if !slices.Equal(names, []string{"b", "y"}) {
@@ -351,6 +357,9 @@ func TestKillKeepsEverything(t *testing.T) {
 func TestCapacity(t *testing.T) {
 	m := NewMem(3)
 	m.SetCapacity(8 << 10)
+	if n, err := m.Total("/"); n != 8<<10 || err != nil {
+		t.Fatalf("%d bytes in all: %v", n, err)
+	}
 	f := open(t, m, "/f", Create)
 	if n, err := f.WriteAt(make([]byte, 16<<10), 0); !errors.Is(err, syscall.ENOSPC) || n != 8<<10 {
 		t.Fatalf("wrote %d: %v", n, err)
