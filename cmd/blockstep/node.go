@@ -91,6 +91,10 @@ same name takes the place of the one before.`,
 			return err
 		}
 		return a.print(out, func(w io.Writer) {
+			if out.Already {
+				fmt.Fprintf(w, "node %s is a member already; next: blockstep node list\n", out.Name)
+				return
+			}
 			if out.Token == "" {
 				fmt.Fprintf(w, "node %s is a member; next: blockstep node list\n", out.Name)
 				return
@@ -124,12 +128,29 @@ says what to do about that one.`,
 		})
 	}
 	cmd.RunE = a.askAfter(removeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {
-		if err := c.RemoveNode(ctx, args[0], r); err != nil {
+		out, err := c.RemoveNode(ctx, args[0], r)
+		if err != nil {
 			return err
 		}
-		return a.print(map[string]string{"node": args[0], "done": "remove"}, func(w io.Writer) { fmt.Fprintf(w, "node %s is removed\n", args[0]) })
+		return a.changed(nodeChanged{args[0], "remove", out.Already}, "is removed")
 	})
 	return cmd
+}
+
+// nodeChanged is what a change of a member prints.
+type nodeChanged struct {
+	Node    string `json:"node"`
+	Done    string `json:"done"` // the verb
+	Already bool   `json:"already,omitempty"`
+}
+
+func (a *app) changed(n nodeChanged, done string) error {
+	return a.print(n, func(w io.Writer) {
+		if n.Already {
+			done += " already"
+		}
+		fmt.Fprintf(w, "node %s %s\n", n.Node, done)
+	})
 }
 
 // removeTimeout leaves each of some volumes the time to change its in-sync set.
@@ -154,10 +175,11 @@ func (a *app) nodeChangeCmd(verb, short, long, done string) *cobra.Command {
 		})
 	}
 	cmd.RunE = a.askAfter(limit, sure, func(ctx context.Context, c *control.Client, args []string) error {
-		if err := c.ChangeNode(ctx, args[0], verb); err != nil {
+		out, err := c.ChangeNode(ctx, args[0], verb)
+		if err != nil {
 			return err
 		}
-		return a.print(map[string]string{"node": args[0], "done": verb}, func(w io.Writer) { fmt.Fprintf(w, "node %s %s\n", args[0], done) })
+		return a.changed(nodeChanged{args[0], verb, out.Already}, done)
 	})
 	return cmd
 }

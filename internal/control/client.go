@@ -292,17 +292,17 @@ func (c *Client) AddNode(ctx context.Context, r AddNode) (AddedNode, error) {
 }
 
 // ChangeNode does replace or drain to a member.
-func (c *Client) ChangeNode(ctx context.Context, node, verb string) error {
-	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/"+verb, nil, nil)
+func (c *Client) ChangeNode(ctx context.Context, node, verb string) (out ChangedNode, err error) {
+	return out, c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/"+verb, nil, &out)
 }
 
 // RemoveNode ends a membership.
-func (c *Client) RemoveNode(ctx context.Context, node string, r RemoveNode) error {
+func (c *Client) RemoveNode(ctx context.Context, node string, r RemoveNode) (out ChangedNode, err error) {
 	var in any
 	if r != (RemoveNode{}) {
 		in = r // an older daemon knows no body
 	}
-	return c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/remove", in, nil)
+	return out, c.do(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/remove", in, &out)
 }
 
 // Reload has the daemon read its configuration again.

@@ -117,7 +117,7 @@ func TestErrorsKeepTheirClass(t *testing.T) {
 	if err := c.DeleteVolume(t.Context(), "db"); !errors.As(err, &e) || e.Code != CodeFailed || !strings.Contains(e.Message, "on fire") {
 		t.Errorf("got %v", err)
 	}
-	if err := c.ChangeNode(t.Context(), "alpha", "drain"); !errors.As(err, &e) || e.Code != CodeTimeout {
+	if _, err := c.ChangeNode(t.Context(), "alpha", "drain"); !errors.As(err, &e) || e.Code != CodeTimeout {
 		t.Errorf("got %v", err)
 	}
 	if err := c.do(t.Context(), "POST", "/v1/volumes", map[string]int{"sise": 1}, nil); !errors.As(err, &e) || e.Code != CodeUsage {
@@ -208,7 +208,7 @@ func TestOverTCPOnlyReading(t *testing.T) {
 	lines = 0
 	for name, ask := range map[string]func() error{
 		"delete":            func() error { return c.DeleteVolume(t.Context(), "db") },
-		"drain":             func() error { return c.ChangeNode(t.Context(), "alpha", "drain") },
+		"drain":             func() error { _, err := c.ChangeNode(t.Context(), "alpha", "drain"); return err },
 		"detach":            func() error { return c.Detach(t.Context(), "db") },
 		"invalidate":        func() error { return c.Invalidate(t.Context(), "db", Invalidate{Node: "alpha"}) },
 		"repair":            func() error { return c.Verify(t.Context(), "db", Verify{Repair: true}, none) },

@@ -35,8 +35,8 @@ type Backend interface {
 
 	Nodes(ctx context.Context) ([]NodeStatus, error)
 	AddNode(ctx context.Context, r AddNode) (AddedNode, error)
-	RemoveNode(ctx context.Context, node string, r RemoveNode) error
-	ReplaceNode(ctx context.Context, node string) error
+	RemoveNode(ctx context.Context, node string, r RemoveNode) (ChangedNode, error)
+	ReplaceNode(ctx context.Context, node string) (ChangedNode, error)
 	DrainNode(ctx context.Context, node string) error
 
 	// Doctor looks at every node.
@@ -112,13 +112,14 @@ func changing(mux *http.ServeMux, b Backend) {
 	post(mux, "POST /v1/reload", func(r *http.Request, _ struct{}) (any, error) { return b.Reload(r.Context()) })
 	post(mux, "POST /v1/nodes", func(r *http.Request, in AddNode) (any, error) { return b.AddNode(r.Context(), in) })
 	post(mux, "POST /v1/nodes/{name}/remove", func(r *http.Request, in RemoveNode) (any, error) {
-		return nil, b.RemoveNode(r.Context(), r.PathValue("name"), in)
+		return b.RemoveNode(r.Context(), r.PathValue("name"), in)
 	})
-	for verb, f := range map[string]func(context.Context, string) error{"replace": b.ReplaceNode, "drain": b.DrainNode} {
-		post(mux, "POST /v1/nodes/{name}/"+verb, func(r *http.Request, _ struct{}) (any, error) {
-			return nil, f(r.Context(), r.PathValue("name"))
-		})
-	}
+	post(mux, "POST /v1/nodes/{name}/replace", func(r *http.Request, _ struct{}) (any, error) {
+		return b.ReplaceNode(r.Context(), r.PathValue("name"))
+	})
+	post(mux, "POST /v1/nodes/{name}/drain", func(r *http.Request, _ struct{}) (any, error) {
+		return nil, b.DrainNode(r.Context(), r.PathValue("name"))
+	})
 }
 
 // verifyPath is the one POST that may change nothing: without a repair.

@@ -200,6 +200,14 @@ type AddedNode struct {
 	Witness bool       `json:"witness,omitempty"`
 	Token   string     `json:"token,omitempty"` // with it the node joins, once
 	Expires *time.Time `json:"expires,omitempty"`
+	// Already: it was a member before, just as it was asked for; perhaps by the same
+	// command, whose answer was lost.
+	Already bool `json:"already,omitempty"`
+}
+
+// ChangedNode says what became of a change of a member.
+type ChangedNode struct {
+	Already bool `json:"already,omitempty"` // as of AddedNode
 }
 
 // RemoveNode asks to end a membership.

@@ -488,7 +488,10 @@ func TestAReplacedNode(t *testing.T) {
 		}
 		return fmt.Errorf("it says %w", err)
 	})
-	via.eventually(20*time.Second, "node replace", func(ctx context.Context) error { return via.client.ChangeNode(ctx, "gamma", "replace") })
+	via.eventually(20*time.Second, "node replace", func(ctx context.Context) error {
+		_, err := via.client.ChangeNode(ctx, "gamma", "replace")
+		return err
+	})
 	via.healthy("db")
 	if got := victim.read("db@gamma", 0, 8); string(got) != "precious" {
 		t.Errorf("the replaced replica has %q", got)
@@ -522,7 +525,8 @@ func TestANodeOfAnotherCluster(t *testing.T) {
 	id := delta.daemon.Load().state().ClusterID
 	_, err := alpha.client.AddNode(t.Context(), control.AddNode{Name: "delta", Address: address})
 	refused("node add", err, "delta is a member of another cluster (id "+id+")")
-	refused("node replace", alpha.client.ChangeNode(t.Context(), "gamma", "replace"), "gamma is a member of another cluster (id "+other.daemon.Load().state().ClusterID+")")
+	_, err = alpha.client.ChangeNode(t.Context(), "gamma", "replace")
+	refused("node replace", err, "gamma is a member of another cluster (id "+other.daemon.Load().state().ClusterID+")")
 	if got, err := delta.client.Nodes(t.Context()); err != nil || len(got) != 1 || id == "" {
 		t.Errorf("delta's cluster has %+v, %v", got, err)
 	}
@@ -583,7 +587,7 @@ func TestDrain(t *testing.T) {
 		t.Fatal(err)
 	}
 	var e *control.Error
-	if err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room") || !strings.Contains(e.Next, "blockstep node remove gamma --force") {
+	if _, err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room") || !strings.Contains(e.Next, "blockstep node remove gamma --force") {
 		t.Fatalf("drain with nowhere to go: %v", err)
 	}
 	if now := alpha.status("db"); now.Primary == "gamma" {
@@ -607,14 +611,14 @@ func TestDrain(t *testing.T) {
 		}
 		return fmt.Errorf("%+v, %w", list, err)
 	})
-	if err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); err != nil {
+	if _, err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); err != nil {
 		t.Fatalf("drain: %v", err)
 	}
 	alpha.healthy("db")
 	if got := delta.read("db@delta", 8192, 5); string(got) != "moved" {
 		t.Errorf("the new replica has %q", got)
 	}
-	if err := alpha.client.ChangeNode(t.Context(), "gamma", "remove"); err != nil {
+	if _, err := alpha.client.ChangeNode(t.Context(), "gamma", "remove"); err != nil {
 		t.Errorf("remove: %v", err)
 	}
 	// It stops by itself and says why; so it does when it is started again, when

@@ -100,6 +100,8 @@ type operatorReply struct {
 	Result state.Result `json:"result"`
 	Again  bool         `json:"again,omitempty"` // the leader has changed: ask the new one
 	Err    string       `json:"err,omitempty"`
+	// Already: of a change of the members, that it was done before.
+	Already bool `json:"already,omitempty"`
 }
 
 // operate asks the controller, wherever the leader is, until it has done what

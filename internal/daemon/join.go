@@ -91,7 +91,7 @@ func (d *Daemon) serveJoin(ctx context.Context, from ident.Node, c joinCall) (st
 	if err != nil {
 		return struct{}{}, err
 	}
-	err = backend{d}.changeMember(ctx, memberCall{Verb: "add", Name: from, Address: inv.Address, RaftID: c.RaftID, Witness: inv.Witness, Invitation: inv.ID})
+	_, err = backend{d}.changeMember(ctx, memberCall{Verb: "add", Name: from, Address: inv.Address, RaftID: c.RaftID, Witness: inv.Witness, Invitation: inv.ID})
 	if err != nil {
 		return struct{}{}, err
 	}

@@ -34,9 +34,48 @@ type memberCall struct {
 	Invitation uint64 `json:"invitation,omitempty"`
 }
 
-// serveMember is the leader's side of a change of the members.
+// The events of a node's membership.
+const (
+	eventAdded    = "node-added"
+	eventReplaced = "node-replaced"
+	eventRemoved  = "node-removed"
+)
+
+// lastChange is the newest of these that the cluster state remembers of a node; ""
+// when there is none.
+func lastChange(st *state.State, n ident.Node) string {
+	for i := len(st.Events) - 1; i >= 0; i-- {
+		if e := &st.Events[i]; e.Node == n && slices.Contains([]string{eventAdded, eventReplaced, eventRemoved}, e.Name) {
+			return e.Name
+		}
+	}
+	return ""
+}
+
+// isDone reports whether the members are as a change would have them: by the same
+// change, whose answer was lost, or by another one.
+func (c *memberCall) isDone(st *state.State) bool {
+	n := st.Nodes[c.Name]
+	switch {
+	case c.Verb == "remove":
+		return n == nil && lastChange(st, c.Name) == eventRemoved
+	case n == nil || n.Lost || n.RaftID != c.RaftID || c.Address != "" && n.Address != c.Address:
+		return false
+	}
+	return c.Verb == "replace" || n.Witness == c.Witness
+}
+
+// serveMember is the leader's side of a change of the members. Asked again, it says
+// that it is done: the first answer may have been lost.
 func (d *Daemon) serveMember(ctx context.Context, _ ident.Node, c memberCall) (operatorReply, error) {
-	var err error
+	// What is judged must not be a former leader's.
+	err := d.raft.Barrier(ctx)
+	if err == nil && c.isDone(d.state()) {
+		return operatorReply{Already: true}, nil
+	}
+	if err != nil {
+		return operatorReply{Err: err.Error(), Again: retryable(err)}, nil
+	}
 	switch c.Verb {
 	case "add":
 		joined := false
@@ -85,15 +124,18 @@ func (d *Daemon) quorumWithout(gone ident.Node) string {
 		gone, strings.Join(down, ", "), len(left))
 }
 
-// changeMember asks the leader until the outcome is definite.
-func (b backend) changeMember(ctx context.Context, c memberCall) error {
+// changeMember asks the leader until the outcome is definite. already says that the
+// members were so before.
+func (b backend) changeMember(ctx context.Context, c memberCall) (already bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()
 	last := "no Raft leader is known"
+	asked := false // somebody: what is done already may be our own doing
 	for {
 		var reply operatorReply
 		var err error
-		if leader, address := b.d.raft.Leader(); leader == b.d.self {
+		leader, address := b.d.raft.Leader()
+		if leader == b.d.self {
 			reply, err = b.d.serveMember(ctx, b.d.self, c)
 		} else if leader != "" {
 			err = b.d.rpc.callAddress(ctx, leader, address, "/node/v1/member", c, &reply)
@@ -102,21 +144,34 @@ func (b backend) changeMember(ctx context.Context, c memberCall) error {
 		}
 		switch {
 		case err == nil && !reply.Again && reply.Err == "":
-			return nil
+			b.awaitMember(ctx, c)
+			return reply.Already && !asked, nil
 		case err == nil && !reply.Again:
-			return control.Errorf(control.CodeRefused, "", "%s", reply.Err)
+			return false, control.Errorf(control.CodeRefused, "", "%s", reply.Err)
 		case err != nil:
 			last = err.Error()
 		case reply.Err != "":
 			last = reply.Err
 		}
+		asked = asked || leader != ""
 		if !pause(ctx, applyPause) {
 			if leader, _ := b.d.raft.Leader(); leader == "" {
-				return noLeader()
+				return false, noLeader()
 			}
-			return control.Errorf(control.CodeTimeout, "look at blockstep node list: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
+			return false, control.Errorf(control.CodeTimeout, "look at blockstep node list: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
 		}
 	}
+}
+
+// awaitMember waits a moment until the local state shows a change, so that whoever
+// asked for it finds it here. A node that is removed may never hear of it.
+func (b backend) awaitMember(ctx context.Context, c memberCall) {
+	if c.Name == b.d.self {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, seenWait)
+	defer cancel()
+	b.d.until(ctx, c.isDone)
 }
 
 // newcomer asks a node that is to join who it is.
@@ -170,8 +225,9 @@ func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedN
 	if _, _, err := config.SplitAddress(r.Address, false); err != nil {
 		return out, control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
 	}
-	if b.d.state().Nodes[ident.Node(r.Name)] != nil {
-		return out, control.Errorf(control.CodeRefused, "for a new data_dir of it: blockstep node replace "+r.Name, "node %s is a member already", r.Name)
+	if n := b.d.state().Nodes[ident.Node(r.Name)]; n != nil {
+		out.Already = true
+		return out, b.memberAlready(ctx, n, r)
 	}
 	if r.Token {
 		return b.invite(ctx, r)
@@ -180,26 +236,59 @@ func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedN
 	if err != nil {
 		return out, err
 	}
-	return out, b.changeMember(ctx, memberCall{Verb: "add", Name: ident.Node(r.Name), Address: r.Address, RaftID: info.RaftID, Witness: r.Witness})
+	out.Already, err = b.changeMember(ctx, memberCall{Verb: "add", Name: ident.Node(r.Name), Address: r.Address, RaftID: info.RaftID, Witness: r.Witness})
+	return out, err
+}
+
+// memberAlready is what node add is answered for a node that is a member: nil when it
+// is one just as it was asked for, so that who got no answer may ask again.
+func (b backend) memberAlready(ctx context.Context, n *state.Node, r control.AddNode) error {
+	refuse := func(format string, args ...any) error {
+		return control.Errorf(control.CodeRefused, "for a new data_dir of it: blockstep node replace "+r.Name, format, args...)
+	}
+	switch {
+	case r.Token || n.Lost:
+		return refuse("node %s is a member already", r.Name)
+	case n.Address != r.Address:
+		return refuse("node %s is a member already, at %s", r.Name, n.Address)
+	case n.Witness && !r.Witness:
+		return refuse("node %s is a member already, as a witness", r.Name)
+	case r.Witness && !n.Witness:
+		return refuse("node %s is a member already, and no witness", r.Name)
+	}
+	var e *control.Error
+	info, err := b.newcomer(ctx, n.Name, n.Address)
+	switch {
+	case err == nil && info.RaftID != n.RaftID:
+		return refuse("node %s is a member already, and runs with another data_dir now", r.Name)
+	case errors.As(err, &e) && e.Code == control.CodeRefused:
+		return err
+	}
+	return nil // one that gives no answer now is a member as well
 }
 
 // ReplaceNode implements control.Backend.
-func (b backend) ReplaceNode(ctx context.Context, node string) error {
+func (b backend) ReplaceNode(ctx context.Context, node string) (out control.ChangedNode, err error) {
 	if err := b.ready(); err != nil {
-		return err
+		return out, err
 	}
 	if err := b.checkNode(node); err != nil {
-		return err
+		return out, err
 	}
 	known := b.d.state().Nodes[ident.Node(node)]
 	info, err := b.newcomer(ctx, known.Name, known.Address)
 	if err != nil {
-		return err
+		return out, err
+	}
+	if info.RaftID == known.RaftID && !known.Lost && lastChange(b.d.state(), known.Name) == eventReplaced {
+		out.Already = true // perhaps by this very command, whose answer was lost
+		return out, nil
 	}
 	if info.RaftID == known.RaftID {
-		return control.Errorf(control.CodeRefused, "to resync one of its replicas: blockstep invalidate VOLUME --node "+node, "%s runs with the data directory that the cluster knows: there is nothing to replace", node)
+		return out, control.Errorf(control.CodeRefused, "to resync one of its replicas: blockstep invalidate VOLUME --node "+node, "%s runs with the data directory that the cluster knows: there is nothing to replace", node)
 	}
-	return b.changeMember(ctx, memberCall{Verb: "replace", Name: known.Name, RaftID: info.RaftID})
+	out.Already, err = b.changeMember(ctx, memberCall{Verb: "replace", Name: known.Name, RaftID: info.RaftID})
+	return out, err
 }
 
 // DrainNode implements control.Backend. It moves the primaries away, then each

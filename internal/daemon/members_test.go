@@ -1,9 +1,15 @@
 package daemon
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"os"
+	"strings"
 	"testing"
+	"time"
 
+	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft/state"
 )
@@ -44,4 +50,116 @@ func TestDrainTakesNoOldReplica(t *testing.T) {
 	if got := joining(&state.State{Events: []state.Event{added("d")}}, failed, "b"); got != "" {
 		t.Errorf("a failed replica is taken: %q", got)
 	}
+}
+
+// TestAMemberChangedAgain: whoever got no answer asks the same again, through any node,
+// and is told that it is so; the leader says it too, whom a node asks again by itself.
+// What is not as it was asked for is refused as before.
+func TestAMemberChangedAgain(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, beta := nodes["alpha"], nodes["beta"]
+	add := control.AddNode{Name: "delta", Address: freeAddress(t)}
+	delta := alpha.beside("delta", "  alpha: {address: "+alpha.config().Self().Address+"}\n  delta: {address: "+add.Address+"}\n")
+	atLeader := func(c memberCall) {
+		t.Helper()
+		alpha.eventually(20*time.Second, "the leader answers", func(ctx context.Context) error {
+			for _, n := range []*testNode{alpha, beta, nodes["gamma"], delta} {
+				if n.name == string(c.Name) && c.Verb == "remove" {
+					continue
+				}
+				d := n.daemon.Load()
+				if reply, err := d.serveMember(ctx, "beta", c); err == nil && !reply.Again {
+					if !reply.Already {
+						t.Errorf("%s of %s at the leader: %+v", c.Verb, c.Name, reply)
+					}
+					return nil
+				}
+			}
+			return errors.New("none of them is it")
+		})
+	}
+	again := func(what string, already bool, err error) {
+		t.Helper()
+		if err != nil || !already {
+			t.Errorf("%s: already: %v, %v", what, already, err)
+		}
+	}
+	refused := func(what string, err error, says string) {
+		t.Helper()
+		var e *control.Error
+		if !errors.As(err, &e) || e.Code != control.CodeRefused && e.Code != control.CodeNotFound || !strings.Contains(e.Error(), says) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+
+	delta.start()
+	alpha.eventually(20*time.Second, "node add", func(ctx context.Context) error {
+		out, err := alpha.client.AddNode(ctx, add)
+		if err == nil && out.Already {
+			t.Error("the first one was told that it is so already")
+		}
+		return err
+	})
+	for _, n := range []*testNode{alpha, beta} {
+		out, err := n.client.AddNode(t.Context(), add)
+		again("node add through "+n.name, out.Already, err)
+	}
+	atLeader(memberCall{Verb: "add", Name: "delta", Address: add.Address, RaftID: delta.daemon.Load().raft.RaftID()})
+	other := add
+	other.Address = freeAddress(t)
+	_, err := alpha.client.AddNode(t.Context(), other)
+	refused("at another address", err, "node delta is a member already, at "+add.Address)
+	other = add
+	other.Witness = true
+	_, err = alpha.client.AddNode(t.Context(), other)
+	refused("as a witness", err, "node delta is a member already, and no witness")
+	_, err = alpha.client.ChangeNode(t.Context(), "delta", "replace")
+	refused("a replace of what runs as it is known", err, "there is nothing to replace")
+
+	delta.halt()
+	out, err := alpha.client.AddNode(t.Context(), add)
+	again("node add of one that is down", out.Already, err)
+	if err := os.RemoveAll(delta.dir); err != nil {
+		t.Fatal(err)
+	}
+	delta.start()
+	delta.eventually(20*time.Second, "it waits to be replaced", func(ctx context.Context) error {
+		_, err := delta.client.Nodes(ctx)
+		if err != nil && strings.Contains(err.Error(), "node replace delta") {
+			return nil
+		}
+		return fmt.Errorf("it says %w", err)
+	})
+	_, err = alpha.client.AddNode(t.Context(), add)
+	refused("with another data_dir", err, "runs with another data_dir now; for a new data_dir of it: blockstep node replace delta")
+	changed, err := alpha.client.ChangeNode(t.Context(), "delta", "replace")
+	if err != nil || changed.Already {
+		t.Errorf("node replace: %+v, %v", changed, err)
+	}
+	for _, n := range []*testNode{alpha, beta} {
+		changed, err := n.client.ChangeNode(t.Context(), "delta", "replace")
+		again("node replace through "+n.name, changed.Already, err)
+	}
+	atLeader(memberCall{Verb: "replace", Name: "delta", RaftID: delta.daemon.Load().raft.RaftID()})
+	_, err = alpha.client.ChangeNode(t.Context(), "beta", "replace")
+	refused("a replace of another one", err, "there is nothing to replace")
+
+	changed, err = alpha.client.RemoveNode(t.Context(), "delta", control.RemoveNode{})
+	if err != nil || changed.Already {
+		t.Errorf("node remove: %+v, %v", changed, err)
+	}
+	for _, n := range []*testNode{alpha, beta} {
+		changed, err := n.client.RemoveNode(t.Context(), "delta", control.RemoveNode{})
+		again("node remove through "+n.name, changed.Already, err)
+	}
+	atLeader(memberCall{Verb: "remove", Name: "delta"})
+	_, err = alpha.client.RemoveNode(t.Context(), "omega", control.RemoveNode{})
+	refused("a remove of nobody", err, `there is no node "omega"`)
+	if err := <-delta.done; !errors.Is(err, ErrRemoved) {
+		t.Errorf("the removed node ended with %v", err)
+	}
+	delta.stop()
+	delta.stop = nil
+	delta.client.Close()
 }

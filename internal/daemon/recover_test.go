@@ -94,7 +94,8 @@ func TestRecoverFromALostMajority(t *testing.T) {
 	for _, n := range []*testNode{beta, gamma} {
 		n.start()
 		alpha.eventually(30*time.Second, n.name+" is replaced", func(ctx context.Context) error {
-			return alpha.client.ChangeNode(ctx, n.name, "replace")
+			_, err := alpha.client.ChangeNode(ctx, n.name, "replace")
+			return err
 		})
 	}
 	alpha.healthy("db")

@@ -11,14 +11,18 @@ import (
 )
 
 // RemoveNode implements control.Backend.
-func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNode) error {
+func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNode) (out control.ChangedNode, err error) {
 	if err := b.ready(); err != nil {
-		return err
-	}
-	if err := b.checkNode(node); err != nil {
-		return err
+		return out, err
 	}
 	n := ident.Node(node)
+	call := memberCall{Verb: "remove", Name: n}
+	if out.Already = call.isDone(b.d.state()); out.Already {
+		return out, nil // perhaps by this very command, whose answer was lost
+	}
+	if err := b.checkNode(node); err != nil {
+		return out, err
+	}
 	up := b.d.nodeUp(n)
 	holds := holdingsOf(b.d.state(), n)
 	switch {
@@ -27,21 +31,22 @@ func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNo
 		if r.Force {
 			next += ": --force is for a node that is gone"
 		}
-		return control.Errorf(control.CodeRefused, next, "%s is up and holds replicas of %s", node, holds.names())
+		return out, control.Errorf(control.CodeRefused, next, "%s is up and holds replicas of %s", node, holds.names())
 	case len(holds) > 0 && !r.Force:
-		return control.Errorf(control.CodeRefused,
+		return out, control.Errorf(control.CodeRefused,
 			fmt.Sprintf("start it, or run blockstep node drain %s where other nodes have room; if it is gone for good: blockstep node remove %s --force", node, node),
 			"%s is down and holds replicas that would be lost: %s", node, holds)
 	}
 	if err := holds.refuse(node); err != nil {
-		return err
+		return out, err
 	}
 	for _, h := range holds {
 		if err := b.giveUp(ctx, h.volume, n); err != nil {
-			return err
+			return out, err
 		}
 	}
-	return b.changeMember(ctx, memberCall{Verb: "remove", Name: n})
+	out.Already, err = b.changeMember(ctx, call)
+	return out, err
 }
 
 // giveUp takes a dead node's replica out of a volume.
