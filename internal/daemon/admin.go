@@ -27,6 +27,11 @@ const (
 	changeTime = 30 * time.Second
 	// forceTime bounds a failover: it may wait for leases to run out.
 	forceTime = 60 * time.Second
+	// searchTime is how long after its start a node is taken to be looking for the
+	// cluster still: some elections. readyTime is for how much of it one request
+	// waits: shorter than the shortest look of the command.
+	searchTime = 5 * time.Second
+	readyTime  = 2500 * time.Millisecond
 	// missingTime is how long a volume that is not known here is waited for: it
 	// may have been created through another node a moment ago.
 	missingTime = 500 * time.Millisecond
@@ -97,10 +102,21 @@ type backend struct{ d *Daemon }
 
 var _ control.Backend = backend{}
 
-// ready is an error while this node is no member of a cluster yet.
-func (b backend) ready() error {
-	if b.d.state().ClusterID != "" {
+// ready is an error while this node is no member of a cluster yet. One that is, and
+// has just started, is given a moment to find the others.
+func (b backend) ready(ctx context.Context) error {
+	known := func(s *state.State) bool { return s.ClusterID != "" }
+	if known(b.d.state()) {
 		return nil
+	}
+	searches := searchTime - time.Since(b.d.start)
+	if b.d.raft.Founding().Done && searches > 0 {
+		wait, cancel := context.WithTimeout(ctx, min(searches, readyTime))
+		defer cancel()
+		if b.d.until(wait, known) {
+			return nil
+		}
+		searches = searchTime - time.Since(b.d.start)
 	}
 	f := b.d.raft.Founding()
 	if why := b.d.joining.Load(); why != nil && !f.Done {
@@ -116,6 +132,10 @@ func (b backend) ready() error {
 	if why, next := b.d.displaced(b.d.cfg); why != "" {
 		return control.Errorf(control.CodeFailed, next+"; if both are one place: start the nodes that are down",
 			"this node has not heard the cluster state since its start, and may not be found: %s", why)
+	}
+	if f.Done && searches > 0 {
+		return control.Errorf(control.CodeFailed, "run this again in some seconds: it takes a majority of the nodes, up and connected",
+			"this node has started %v ago and is looking for the cluster: no Raft leader has reached it yet", time.Since(b.d.start).Round(100*time.Millisecond))
 	}
 	if f.Done {
 		return control.Errorf(control.CodeFailed, "start the nodes that are down; only if a majority of them is gone for good: blockstep recover --help",
@@ -137,12 +157,12 @@ func (b backend) waitReady(ctx context.Context) error {
 	if b.d.until(ctx, func(s *state.State) bool { return s.ClusterID != "" }) {
 		return nil
 	}
-	return b.ready()
+	return b.ready(ctx)
 }
 
 // find finds a volume by its name.
 func (b backend) find(ctx context.Context, name string) (*state.Volume, error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return nil, err
 	}
 	wait, cancel := context.WithTimeout(ctx, missingTime)
@@ -164,7 +184,7 @@ func (b backend) find(ctx context.Context, name string) (*state.Volume, error) {
 
 // Status implements control.Backend.
 func (b backend) Status(ctx context.Context) (control.ClusterStatus, error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return control.ClusterStatus{}, err
 	}
 	return b.d.clusterStatus(ctx), nil
@@ -172,7 +192,7 @@ func (b backend) Status(ctx context.Context) (control.ClusterStatus, error) {
 
 // Volumes implements control.Backend.
 func (b backend) Volumes(ctx context.Context) ([]control.VolumeStatus, error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return nil, err
 	}
 	return b.d.volumeStatuses(ctx), nil

@@ -171,7 +171,7 @@ func orNothing(s string) string {
 // Doctor implements control.Backend: each node looks at itself, at once; then
 // what they say is compared.
 func (b backend) Doctor(ctx context.Context) ([]control.Finding, error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return nil, err
 	}
 	d := b.d

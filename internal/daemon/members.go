@@ -16,7 +16,7 @@ import (
 
 // Nodes implements control.Backend.
 func (b backend) Nodes(ctx context.Context) ([]control.NodeStatus, error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return nil, err
 	}
 	return b.d.nodeStatuses(ctx), nil
@@ -216,7 +216,7 @@ func foreignTo(st *state.State, info raft.FoundInfo) string {
 // AddNode implements control.Backend.
 func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedNode, error) {
 	out := control.AddedNode{Name: r.Name, Address: r.Address, Witness: r.Witness}
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return out, err
 	}
 	if err := config.CheckName("node", r.Name); err != nil {
@@ -269,7 +269,7 @@ func (b backend) memberAlready(ctx context.Context, n *state.Node, r control.Add
 
 // ReplaceNode implements control.Backend.
 func (b backend) ReplaceNode(ctx context.Context, node string) (out control.ChangedNode, err error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return out, err
 	}
 	if err := b.checkNode(node); err != nil {
@@ -295,7 +295,7 @@ func (b backend) ReplaceNode(ctx context.Context, node string) (out control.Chan
 // replica for which another node has room. It takes as long as copying does; a
 // drain that is cut off goes on when it is asked for again.
 func (b backend) DrainNode(ctx context.Context, node string) error {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return err
 	}
 	if err := b.checkNode(node); err != nil {

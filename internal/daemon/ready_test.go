@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/blockstep/blockstep/internal/control"
 )
 
 // TestAloneAfterARestart: a node that is started while the others are down knows
@@ -20,6 +22,18 @@ func TestAloneAfterARestart(t *testing.T) {
 		n.halt()
 	}
 	alpha.start()
+	var first error
+	alpha.eventually(20*time.Second, "it answers", func(ctx context.Context) error {
+		_, first = alpha.client.Status(ctx)
+		if errors.Is(first, control.ErrUnreachable) {
+			return first
+		}
+		return nil
+	})
+	// Nobody may have been looked for by then: that the others are gone is not said.
+	if first == nil || !strings.Contains(first.Error(), "is looking for the cluster") || strings.Contains(first.Error(), "recover") {
+		t.Errorf("at first it says: %v", first)
+	}
 	alpha.eventually(20*time.Second, "it says what it waits for", func(ctx context.Context) error {
 		_, err := alpha.client.Status(ctx)
 		if err == nil {
@@ -27,6 +41,28 @@ func TestAloneAfterARestart(t *testing.T) {
 		}
 		if !strings.Contains(err.Error(), "has not heard the cluster state since its start") || !strings.Contains(err.Error(), "start the nodes that are down") {
 			return fmt.Errorf("it says: %w", err)
+		}
+		return nil
+	})
+}
+
+// TestAnAnswerRightAfterAStart: what is asked of a node that has just started waits
+// until it has found the others, which are up.
+func TestAnAnswerRightAfterAStart(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
+	alpha.create("db", 8<<20)
+	alpha.healthy("db")
+	alpha.halt()
+	alpha.start()
+	alpha.eventually(20*time.Second, "it answers", func(ctx context.Context) error {
+		_, err := alpha.client.VolumeStatus(ctx, "db")
+		if errors.Is(err, control.ErrUnreachable) {
+			return err
+		}
+		if err != nil && !strings.Contains(err.Error(), "is looking for the cluster") { // a slow machine
+			t.Errorf("at first it says: %v", err)
 		}
 		return nil
 	})

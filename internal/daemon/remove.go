@@ -12,7 +12,7 @@ import (
 
 // RemoveNode implements control.Backend.
 func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNode) (out control.ChangedNode, err error) {
-	if err := b.ready(); err != nil {
+	if err := b.ready(ctx); err != nil {
 		return out, err
 	}
 	n := ident.Node(node)
