@@ -95,26 +95,27 @@ func othersMay(v *state.Volume) bool {
 	return slices.ContainsFunc(v.Replicas, func(r state.Replica) bool { return !r.Failed })
 }
 
+// ErrTarget is returned when the node that an operator named cannot be the primary,
+// with the reason in place of this text.
+var ErrTarget = errors.New("that node cannot be the primary")
+
+type targetError struct{ error }
+
+// Is makes errors.Is(err, ErrTarget) true.
+func (targetError) Is(target error) bool { return target == ErrTarget } //nolint:errorlint // that is what Is is for
+
 // target checks the node that an operator named.
 func target(v *state.Volume, r *request) error {
 	rep := v.Replica(r.to)
 	switch {
 	case rep == nil:
-		return fmt.Errorf("volume %s has no replica on %s: its replicas are on %v", v.Name, r.to, replicaNodes(v))
+		return targetError{fmt.Errorf("volume %s has no replica on %s", v.Name, r.to)}
 	case rep.Failed && !r.force:
-		return fmt.Errorf("the replica of %s on %s failed (%s): replace its disk first, or, if no other is left, add --force --accept-data-loss", v.Name, r.to, rep.Reason)
+		return targetError{fmt.Errorf("the replica of %s on %s failed (%s): replace its disk first, or, if no other is left, add --force --accept-data-loss", v.Name, r.to, rep.Reason)}
 	case !v.InSet(r.to) && !r.force:
-		return fmt.Errorf("the replica of %s on %s is not in sync: wait until it is ('blockstep wait %s --for healthy'); in sync are %v", v.Name, r.to, v.Name, v.InSync)
+		return targetError{fmt.Errorf("the replica of %s on %s is not in sync: wait until it is ('blockstep wait %s --for healthy')", v.Name, r.to, v.Name)}
 	}
 	return nil
-}
-
-func replicaNodes(v *state.Volume) []ident.Node {
-	var out []ident.Node
-	for i := range v.Replicas {
-		out = append(out, v.Replicas[i].Node)
-	}
-	return out
 }
 
 func (c *Controller) switchover(ctx context.Context, t *volumeTask, to ident.Node) (state.Result, error) {

@@ -449,7 +449,7 @@ func (b backend) Switchover(ctx context.Context, name string, r control.Switchov
 	if err != nil {
 		return control.VolumeStatus{}, err
 	}
-	if err := b.checkNode(r.To); err != nil {
+	if err := b.checkReplica(ctx, sv, r.To); err != nil {
 		return control.VolumeStatus{}, err
 	}
 	if err := b.d.switchover(ctx, sv.ID, ident.Node(r.To)); err != nil {
@@ -482,7 +482,7 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 	if r.Force != r.AcceptDataLoss {
 		return none, control.Errorf(control.CodeUsage, "give both, or neither", "force and accept_data_loss go together")
 	}
-	if err := b.checkTarget(sv, r.To); err != nil {
+	if err := b.checkTarget(ctx, sv, r.To); err != nil {
 		return none, err
 	}
 	if st := b.d.primaryReport(ctx, sv); st.serving() {
@@ -518,25 +518,30 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 
 // checkTarget says why a node cannot be the next primary of a volume; "" leaves
 // the choice.
-func (b backend) checkTarget(sv *state.Volume, node string) error {
+func (b backend) checkTarget(ctx context.Context, sv *state.Volume, node string) error {
 	if node == "" {
 		return nil
 	}
-	if err := b.checkNode(node); err != nil {
+	if err := b.checkReplica(ctx, sv, node); err != nil {
 		return err
 	}
-	n := ident.Node(node)
-	switch {
-	case sv.Replica(n) == nil:
-		var on []string
-		for _, r := range sv.Replicas {
-			on = append(on, string(r.Node))
-		}
-		return control.Errorf(control.CodeRefused, "its replicas are on "+strings.Join(on, ", "), "%s has no replica on %s", sv.Name, node)
-	case !b.d.nodeUp(n):
-		return control.Errorf(control.CodeRefused, "leave --to out, or start blockstepd there", "%s is not up", node)
+	if n := ident.Node(node); !b.d.nodeUp(n) {
+		return control.Errorf(control.CodeRefused, "leave --to out, or start blockstepd there; "+b.d.choices(ctx, sv, n), "%s is not up", node)
 	}
 	return nil
+}
+
+// checkReplica says which nodes could be the primary, where the one that is named
+// has no replica.
+func (b backend) checkReplica(ctx context.Context, sv *state.Volume, node string) error {
+	n := ident.Node(node)
+	switch {
+	case sv.Replica(n) != nil:
+		return nil
+	case b.d.state().Nodes[n] == nil:
+		return control.Errorf(control.CodeNotFound, b.d.choices(ctx, sv, n), "there is no node %q", node)
+	}
+	return control.Errorf(control.CodeRefused, b.d.choices(ctx, sv, n), "%s has no replica on %s", sv.Name, node)
 }
 
 // Invalidate implements control.Backend.

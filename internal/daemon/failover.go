@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
@@ -100,6 +102,7 @@ type operatorReply struct {
 	Result state.Result `json:"result"`
 	Again  bool         `json:"again,omitempty"` // the leader has changed: ask the new one
 	Err    string       `json:"err,omitempty"`
+	Next   string       `json:"next,omitempty"` // what to do about it
 	// Already: of a change of the members, that it was done before.
 	Already bool `json:"already,omitempty"`
 }
@@ -116,7 +119,7 @@ func (d *Daemon) operate(ctx context.Context, c operatorCall) (state.Result, err
 			d.awaitSeen(ctx, reply.Result)
 			return reply.Result, nil
 		case err == nil && !reply.Again:
-			return reply.Result, control.Errorf(control.CodeRefused, "", "%s", reply.Err)
+			return reply.Result, control.Errorf(control.CodeRefused, reply.Next, "%s", reply.Err)
 		case err != nil:
 			last = err.Error()
 		case reply.Err != "":
@@ -146,7 +149,8 @@ func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall)
 	// The leader is who seals the target: one that it does not hear would cost
 	// the clients some epochs, and then be refused as behind.
 	if v := d.state().Volumes[c.Volume]; c.Switchover && v != nil && v.Primary != c.To && v.Replica(c.To) != nil && !d.nodeUp(c.To) {
-		reply.Err = fmt.Sprintf("%s is not up, as the Raft leader %s sees it: start blockstepd there, or choose another of %v", c.To, d.self, v.InSync)
+		reply.Err = fmt.Sprintf("%s is not up, as the Raft leader %s sees it", c.To, d.self)
+		reply.Next = "start blockstepd there; " + d.choices(ctx, v, c.To)
 		return reply, nil
 	}
 	var err error
@@ -157,6 +161,9 @@ func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall)
 	}
 	if err != nil {
 		reply.Err = err.Error()
+		if v := d.state().Volumes[c.Volume]; v != nil && errors.Is(err, raft.ErrTarget) {
+			reply.Next = d.choices(ctx, v, c.To)
+		}
 		reply.Again = errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrStopped) || errors.Is(err, raft.ErrUnknownOutcome)
 		return reply, nil
 	}
@@ -167,6 +174,36 @@ func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall)
 		reply.Err = err.Error()
 	}
 	return reply, nil
+}
+
+// choices says which nodes could be the primary of a volume in the place of one that
+// cannot, as far as this node sees now, and how the others are.
+func (d *Daemon) choices(ctx context.Context, sv *state.Volume, not ident.Node) string {
+	return choicesOf(d.volumeStatus(ctx, sv), string(not))
+}
+
+func choicesOf(st control.VolumeStatus, not string) string {
+	var can, cannot []string
+	for _, r := range st.Replicas {
+		switch {
+		case r.Node == not || r.Node == st.Primary:
+		case r.State != control.InSync:
+			cannot = append(cannot, fmt.Sprintf("%s (%s)", r.Node, r.State))
+		case !slices.Contains(st.InSync, r.Node):
+			cannot = append(cannot, fmt.Sprintf("%s (not in the in-sync set)", r.Node))
+		default:
+			can = append(can, r.Node)
+		}
+	}
+	switch {
+	case len(can)+len(cannot) == 0:
+		return "no other node has a replica that could take over"
+	case len(can) == 0:
+		return "no other can take over now: " + strings.Join(cannot, ", ")
+	case len(cannot) == 0:
+		return "can take over: " + strings.Join(can, ", ")
+	}
+	return "can take over: " + strings.Join(can, ", ") + "; cannot: " + strings.Join(cannot, ", ")
 }
 
 // switchover moves a volume's primary and returns when the new one serves.
