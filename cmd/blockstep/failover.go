@@ -115,14 +115,18 @@ func (a *app) verifyCmd() *cobra.Command {
 	var r control.Verify
 	cmd := &cobra.Command{
 		Use: "verify VOLUME", Short: "Compare the replicas online", Args: named("volume", 1, 1),
-		Long: "Compares the replicas that are in sync, at one log position while clients go on, and\nsays which were not. Exit code 1 when they differ and were not repaired. Where very\nmuch differs it ends early and says up to where it compared; with --repair it goes on\nto the end.",
+		Long: "Compares the replicas that are in sync, at one log position while clients go on, and\nsays which were not. Exit code 1 when they differ and were not repaired. Where very\nmuch differs it ends early and says up to where it compared; with --repair it goes on\nto the end. A volume is compared by one run at a time, and two through one node: a\nsecond run of a volume is refused, one too many waits.",
 	}
 	cmd.Flags().BoolVar(&r.Repair, "repair", false, "write what the majority has where a replica differs")
 	cmd.RunE = a.ask(0, func(ctx context.Context, c *control.Client, args []string) error {
 		var last control.VerifyProgress
 		err := c.Verify(ctx, args[0], r, func(p control.VerifyProgress) error {
 			last = p
-			if !a.json && p.TotalBytes > 0 {
+			switch {
+			case a.json:
+			case p.Waits != "":
+				fmt.Fprintln(a.err, p.Waits)
+			case p.TotalBytes > 0:
 				fmt.Fprintf(a.err, "\rcompared %d%%", 100*p.DoneBytes/p.TotalBytes)
 			}
 			return nil

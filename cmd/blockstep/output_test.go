@@ -143,11 +143,12 @@ func TestVerifyTellsWhatItCompared(t *testing.T) {
 	} {
 		h := http.NewServeMux()
 		h.HandleFunc("POST /v1/volumes/db/verify", func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = w.Write([]byte(`{"total_bytes":9,"waits":"waits for web"}` + "\n"))
 			_, _ = w.Write([]byte(`{"done":true,"total_bytes":9,` + tc.line + "}\n"))
 		})
 		var out, errOut bytes.Buffer
 		code := run(t.Context(), []string{"--admin", fakeDaemon(t, h), "verify", "db"}, strings.NewReader(""), &out, &errOut)
-		if code != tc.code || out.String() != tc.out || !strings.HasSuffix(errOut.String(), "%\n"+tc.err) {
+		if code != tc.code || out.String() != tc.out || !strings.HasPrefix(errOut.String(), "waits for web\n\r") || !strings.HasSuffix(errOut.String(), "%\n"+tc.err) {
 			t.Errorf("%s: exit code %d\n%s%s", tc.line, code, out.String(), errOut.String())
 		}
 	}

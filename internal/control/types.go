@@ -171,7 +171,9 @@ type VerifyProgress struct {
 	// LeftOut are the others.
 	Compared []string `json:"compared,omitempty"`
 	LeftOut  []string `json:"left_out,omitempty"`
-	Err      *Error   `json:"error,omitempty"`
+	// Waits says for which other runs this one waits, before it begins.
+	Waits string `json:"waits,omitempty"`
+	Err   *Error `json:"error,omitempty"`
 }
 
 // VerifyExtent is a range in which a replica differs.

@@ -69,6 +69,7 @@ type Daemon struct {
 	metrics  *metricsServer
 	local    *localEvents
 	remarks  chan state.Event
+	verifies *verifyRuns
 	sockets  []Socket              // that systemd passes
 	joining  atomic.Pointer[error] // why this node's token has not let it in yet
 	current  chan struct{}         // closed when the cluster state here is known to be no old one
@@ -112,7 +113,7 @@ func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger, hooks Hoo
 func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs.FS, made func(*Daemon)) error {
 	d := &Daemon{
 		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: files, start: time.Now(),
-		fatal: make(chan error, 1), local: newLocalEvents(), remarks: make(chan state.Event, remarksMax),
+		fatal: make(chan error, 1), local: newLocalEvents(), verifies: newVerifyRuns(), remarks: make(chan state.Event, remarksMax),
 		current: make(chan struct{}), retune: make(chan struct{}, 1), resized: make(chan struct{}, 1), stopping: make(chan struct{}),
 		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},
 		readmits: map[ident.Volume]*readmission{}, failures: map[ident.Volume]failure{},

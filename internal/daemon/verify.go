@@ -53,15 +53,11 @@ type verifier struct {
 	undecided bool
 }
 
-// Verify implements control.Backend. Chunk by chunk it reads what each replica
+// compare is one comparison. Chunk by chunk it reads what each replica
 // holds. Replicas are never at the same position while clients write, so a
 // chunk that differs is read again, and at last with new writes held back until
 // all replicas are at one position: only what differs then is reported.
-func (b backend) Verify(ctx context.Context, name string, r control.Verify, progress func(control.VerifyProgress) error) error {
-	sv, err := b.find(ctx, name)
-	if err != nil {
-		return err
-	}
+func (b backend) compare(ctx context.Context, sv *state.Volume, repair bool, progress func(control.VerifyProgress) error) (p control.VerifyProgress, err error) {
 	status := b.d.volumeStatus(ctx, sv)
 	vr := &verifier{d: b.d, vol: sv.ID, size: sv.Size}
 	for _, rep := range status.Replicas {
@@ -73,26 +69,24 @@ func (b backend) Verify(ctx context.Context, name string, r control.Verify, prog
 		vr.before.Compared = append(vr.before.Compared, rep.Node)
 	}
 	if len(vr.nodes) < 2 {
-		return control.Errorf(control.CodeRefused, status.Next, "nothing to compare: %s has %d in sync, and two replicas are needed", name, len(vr.nodes))
+		return p, control.Errorf(control.CodeRefused, status.Next, "nothing to compare: %s has %d in sync, and two replicas are needed", sv.Name, len(vr.nodes))
 	}
 	v := b.d.volume(sv.ID)
 	if v == nil {
-		return control.Errorf(control.CodeFailed, "try again", "%s is not open on %s yet", name, b.d.self)
+		return p, control.Errorf(control.CodeFailed, "try again", "%s is not open on %s yet", sv.Name, b.d.self)
 	}
 	for _, n := range vr.nodes {
 		s, err := v.driver.OpenReplicaSession(ctx, n, replication.Client{Remote: "verify", Local: true})
 		if err != nil {
-			return fmt.Errorf("reading the replica on %s: %w", n, err)
+			return p, fmt.Errorf("reading the replica on %s: %w", n, err)
 		}
 		defer s.Close()
 		vr.sessions = append(vr.sessions, s)
 	}
-	if err := vr.rounds(ctx, r.Repair, progress); err != nil {
-		return err
+	if err := vr.rounds(ctx, repair, progress); err != nil {
+		return p, err
 	}
-	p := vr.progress()
-	p.Done = true
-	return progress(p)
+	return vr.progress(), nil
 }
 
 // rounds compares to the end of the volume; with repair, what it found is repaired

@@ -3,10 +3,12 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -92,5 +94,96 @@ func TestVerifyOfMuch(t *testing.T) {
 	}
 	if got := gamma.read("db@gamma", 0, size); !bytes.Equal(got, want) {
 		t.Error("gamma's replica is not what was written")
+	}
+}
+
+// TestVerifiesAreBounded: through one node so many volumes are compared at a time, and
+// what is too much waits and says so. One volume is compared once at a time in the whole
+// cluster, also by a run that waits; and whoever comes when that has ended is let in.
+func TestVerifiesAreBounded(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, beta := nodes["alpha"], nodes["beta"]
+	alpha.create("db", 8<<20)
+	alpha.healthy("db")
+	runs := alpha.daemon.Load().verifies
+	none := func([]string) error { return errors.New("it waits") }
+	for i := range verifyRunsMax {
+		if err := runs.enter(t.Context(), fmt.Sprint("v", i), none); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waits, done := make(chan string, 9), make(chan error, 1)
+	go func() {
+		last := control.VerifyProgress{}
+		err := alpha.client.Verify(t.Context(), "db", control.Verify{}, func(p control.VerifyProgress) error {
+			if last = p; p.Waits != "" {
+				waits <- p.Waits
+			}
+			return nil
+		})
+		if err == nil && (!last.Done || last.DoneBytes != 8<<20) {
+			err = fmt.Errorf("it ended with %+v", last)
+		}
+		done <- err
+	}()
+	select {
+	case said := <-waits:
+		if !strings.Contains(said, "v0 or of v1") || !strings.Contains(said, "alpha") {
+			t.Errorf("it says: %s", said)
+		}
+	case err := <-done:
+		t.Fatalf("it did not wait: %v", err)
+	}
+	for _, n := range nodes {
+		var e *control.Error
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		err := n.client.Verify(ctx, "db", control.Verify{Repair: true}, func(control.VerifyProgress) error { return nil })
+		cancel()
+		if !errors.As(err, &e) || e.Code != control.CodeRefused || !strings.Contains(e.Message, "are being compared already, through alpha") {
+			t.Errorf("a second one, through %s: %v", n.name, err)
+		}
+	}
+	runs.leave("v0")
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	for range 2 { // one after the other
+		for _, n := range []*testNode{beta, alpha} {
+			if err := n.client.Verify(t.Context(), "db", control.Verify{}, func(control.VerifyProgress) error { return nil }); err != nil {
+				t.Errorf("afterwards, through %s: %v", n.name, err)
+			}
+		}
+	}
+}
+
+// TestAVerifysClaim: it is one run's until that gives it back, or is not heard of.
+func TestAVerifysClaim(t *testing.T) {
+	v, now := newVerifyRuns(), time.Now()
+	if got := v.claim(verifyCall{Volume: 1, Run: "a", For: time.Minute}, "alpha", now); got != (verifyReply{}) {
+		t.Errorf("the first: %+v", got)
+	}
+	if got := v.claim(verifyCall{Volume: 2, Run: "b"}, "beta", now); got != (verifyReply{}) {
+		t.Errorf("another volume: %+v", got)
+	}
+	now = now.Add(verifyClaimLife)
+	for _, end := range []bool{false, true} {
+		if got := v.claim(verifyCall{Volume: 1, Run: "b", End: end}, "beta", now); got != (verifyReply{"alpha", time.Minute + verifyClaimLife}) {
+			t.Errorf("another run: %+v", got)
+		}
+	}
+	if got := v.claim(verifyCall{Volume: 1, Run: "a", For: time.Minute + verifyClaimLife}, "alpha", now); got != (verifyReply{}) {
+		t.Errorf("the first again: %+v", got)
+	}
+	now = now.Add(verifyClaimLife + 1)
+	if got := v.claim(verifyCall{Volume: 1, Run: "b"}, "beta", now); got != (verifyReply{}) {
+		t.Errorf("another run, when the first has not been heard of: %+v", got)
+	}
+	if got := v.claim(verifyCall{Volume: 1, Run: "a"}, "alpha", now); got.Node != "beta" {
+		t.Errorf("the first, too late: %+v", got)
+	}
+	v.claim(verifyCall{Volume: 1, Run: "b", End: true}, "beta", now)
+	if got := v.claim(verifyCall{Volume: 1, Run: "a"}, "alpha", now); got != (verifyReply{}) || len(v.claims) != 1 {
+		t.Errorf("given back: %+v, %d claims", got, len(v.claims))
 	}
 }
