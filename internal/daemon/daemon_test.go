@@ -268,6 +268,98 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// TestWhatASuspendedVolumeWaitsFor: where a primary has too few copies to serve, in
+// office or on its way there, and brings another replica up to date with which they are
+// enough, it says so and how far that is. Where that one would not do, it does not.
+func TestWhatASuspendedVolumeWaitsFor(t *testing.T) {
+	up := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{State: "CatchingUp"}}
+	resyncing := core.PeerStatus{
+		Node: "gamma", State: "Resyncing", Connected: true, DirtyBytes: 24 << 20, ResyncDone: 8 << 20, ResyncTotal: 32 << 20, ResyncRate: 1 << 20,
+	}
+	catching := core.PeerStatus{Node: "gamma", State: "CatchingUp", Connected: true, LagBytes: 3 << 20}
+	begins := core.PeerStatus{Node: "gamma", State: "Resyncing", Connected: true, DirtyBytes: 24 << 20}
+	lost := core.PeerStatus{Node: "gamma", State: "Absent"}
+	alive := core.PeerStatus{Node: "beta", State: "InSync", Connected: true}
+	const wait, sooner = "wait: it serves once gamma is in sync (blockstep wait db --for primary)", ", or sooner when blockstepd runs on beta again"
+	for _, tc := range []struct {
+		name   string
+		role   core.Role
+		set    string
+		peers  []core.PeerStatus
+		reason string
+		next   string
+	}{
+		{
+			"on its way, with a resync", core.RolePrimaryElect, "alpha beta",
+			[]core.PeerStatus{resyncing},
+			"alpha is taking office; it serves once the resync of gamma is done (25% of 32MiB, 24s left); beta is Absent, gamma is Resyncing", wait + sooner,
+		},
+		{
+			"in office, with a resync", core.RolePrimary, "alpha beta",
+			[]core.PeerStatus{resyncing},
+			"no majority of the in-sync set, or too few copies (min_copies 2); it serves once the resync of gamma is done (25% of 32MiB, 24s left); beta is Absent", wait + sooner,
+		},
+		{
+			"in office, with too few copies", core.RolePrimary, "alpha",
+			[]core.PeerStatus{resyncing},
+			"--min-copies 1; it serves once the resync of gamma is done (25% of 32MiB, 24s left); beta is Absent, gamma is Resyncing", wait,
+		},
+		{
+			"a resync that begins", core.RolePrimaryElect, "alpha beta",
+			[]core.PeerStatus{begins},
+			"alpha is taking office; it serves once the resync of gamma is done (24MiB); beta is Absent", wait + sooner,
+		},
+		{
+			"from the log", core.RolePrimaryElect, "alpha beta",
+			[]core.PeerStatus{catching},
+			"alpha is taking office; it serves once gamma has caught up (3MiB of log); beta is Absent, gamma is CatchingUp", wait + sooner,
+		},
+		{
+			"the other one is not there", core.RolePrimaryElect, "alpha beta",
+			[]core.PeerStatus{lost},
+			"alpha is taking office; beta is Absent, gamma is CatchingUp", "start blockstepd on beta, or check its network",
+		},
+		{
+			"enough of the in-sync set is there", core.RolePrimaryElect, "alpha beta",
+			[]core.PeerStatus{alive, resyncing},
+			"alpha is taking office; beta is Absent, gamma is Resyncing", "start blockstepd on beta, or check its network",
+		},
+		{
+			"one more is not enough", core.RolePrimaryElect, "alpha beta delta epsilon",
+			[]core.PeerStatus{resyncing},
+			"alpha is taking office; beta is Absent, gamma is Resyncing, delta is Absent, epsilon is Absent", "start blockstepd on beta, or check its network",
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			sv := &state.Volume{Name: "db", Epoch: 4, Primary: "alpha", Options: state.Options{MinCopies: 2}}
+			for _, n := range []ident.Node{"alpha", "beta", "gamma", "delta", "epsilon"} {
+				if in := strings.Contains(tc.set, string(n)); in {
+					sv.InSync = append(sv.InSync, n)
+					sv.Replicas = append(sv.Replicas, state.Replica{Node: n})
+				} else if n == "beta" || n == "gamma" {
+					sv.Replicas = append(sv.Replicas, state.Replica{Node: n})
+				}
+			}
+			primary := volumeReport{Reached: true, Open: true, Replica: true, Core: core.Status{
+				Role: tc.role, State: "InSync", Suspended: true, View: core.View{Epoch: 4}, Peers: tc.peers,
+			}}
+			got := statusOf(sv, map[ident.Node]volumeReport{"alpha": primary, "gamma": up})
+			if got.Health != control.Suspended || !strings.Contains(got.Reason, tc.reason) || got.Next != tc.next {
+				t.Errorf("%s: %s; next: %s", got.Health, got.Reason, got.Next)
+			}
+			for _, r := range got.Replicas {
+				if p := tc.peers[len(tc.peers)-1]; r.Node == "gamma" && (r.DirtyBytes != p.DirtyBytes || r.LagBytes != p.LagBytes || (r.Resync != nil) != (p.ResyncTotal > 0)) {
+					t.Errorf("gamma: %+v", r)
+				}
+			}
+			primary.Core.View.Epoch = 3 // its reign is over
+			if got := statusOf(sv, map[ident.Node]volumeReport{"alpha": primary, "gamma": up}); strings.Contains(got.Reason, "it serves once") {
+				t.Errorf("a former primary: %s", got.Reason)
+			}
+		})
+	}
+}
+
 // TestNextWithoutAPrimary: nothing can be copied from nobody, so what is suggested
 // is never invalidate.
 func TestNextWithoutAPrimary(t *testing.T) {

@@ -4,10 +4,13 @@ import (
 	"fmt"
 	"strings"
 	"syscall"
+	"time"
 
+	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft/state"
+	"github.com/blockstep/blockstep/replication/core"
 )
 
 // replacedReason begins the reason of a replica that failed with its node's replacement.
@@ -88,4 +91,67 @@ func isFull(sv *state.Volume, r control.ReplicaStatus) bool {
 	rep := sv.Replica(ident.Node(r.Node))
 	return rep != nil && !rep.Failed &&
 		(strings.Contains(r.Reason, syscall.ENOSPC.Error()) || strings.Contains(r.Reason, syscall.EDQUOT.Error()))
+}
+
+// brings reports whether a primary, be it one that serves nobody or is about to take
+// office, is bringing a replica up to date that is not in the in-sync set.
+func (r *volumeReport) brings(sv *state.Volume, p *core.PeerStatus) bool {
+	return p != nil && p.Connected && !sv.InSet(p.Node) && r.holdsEpoch(sv) &&
+		(p.State == string(control.Resyncing) || p.State == string(control.CatchingUp))
+}
+
+// holdsEpoch reports whether the node was made the primary of the volume's epoch, and
+// is still: in office, or on its way.
+func (r *volumeReport) holdsEpoch(sv *state.Volume) bool {
+	return r.Reached && r.Replica && r.Core.View.Epoch == sv.Epoch && (r.Core.Role == core.RolePrimary || r.Core.Role == core.RolePrimaryElect)
+}
+
+// awaited is what a primary that serves nobody waits for, where that comes by itself,
+// and the next step; "" when it is something else. It has too few copies, or too few
+// of the in-sync set answer, and a replica is on its way with which they are enough.
+func awaited(out *control.VolumeStatus, sv *state.Volume, primary volumeReport) (what, next string) {
+	if !primary.holdsEpoch(sv) {
+		return "", ""
+	}
+	there := 1
+	var first *control.ReplicaStatus // of those on their way, the one that is soonest there
+	var away []string
+	for i := range out.Replicas {
+		r := &out.Replicas[i]
+		p := primary.peer(ident.Node(r.Node))
+		switch in := sv.InSet(ident.Node(r.Node)); {
+		case r.Node == string(sv.Primary):
+		case in && p != nil && p.Connected && p.State != string(control.Failed) && p.State != string(control.Resyncing):
+			there++
+		case in && r.State == control.Absent:
+			away = append(away, r.Node)
+		case primary.brings(sv, p) && (first == nil || r.DirtyBytes+r.LagBytes < first.DirtyBytes+first.LagBytes):
+			first = r
+		}
+	}
+	n := len(sv.InSync)
+	enough := there > n/2 && n >= sv.Options.MinCopies
+	if first == nil || enough || there+1 <= (n+1)/2 || n+1 < sv.Options.MinCopies {
+		return "", ""
+	}
+	next = fmt.Sprintf("wait: it serves once %s is in sync (blockstep wait %s --for primary)", first.Node, sv.Name)
+	if len(away) > 0 {
+		next += ", or sooner when blockstepd runs on " + strings.Join(away, ", ") + " again"
+	}
+	return "it serves once " + onItsWay(first), next
+}
+
+// onItsWay says when a replica that is brought up to date will be, and how far that is.
+func onItsWay(r *control.ReplicaStatus) string {
+	switch {
+	case r.Resync != nil && r.Resync.TotalBytes > 0:
+		left := ""
+		if r.Resync.Left != nil {
+			left = fmt.Sprintf(", %v left", time.Duration(*r.Resync.Left)*time.Second)
+		}
+		return fmt.Sprintf("the resync of %s is done (%d%% of %s%s)", r.Node, 100*r.Resync.DoneBytes/r.Resync.TotalBytes, config.FormatSize(r.Resync.TotalBytes), left)
+	case r.State == control.Resyncing:
+		return fmt.Sprintf("the resync of %s is done (%s)", r.Node, config.FormatSize(r.DirtyBytes))
+	}
+	return fmt.Sprintf("%s has caught up (%s of log)", r.Node, config.FormatSize(r.LagBytes))
 }

@@ -275,6 +275,9 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 			out.State = control.CatchingUp
 		}
 	}
+	if p := primary.peer(r.Node); !serving && own.Reached && own.Replica && out.State != control.Failed && primary.brings(sv, p) {
+		takePeer(&out, *p) // nobody is served, perhaps for want of just this one
+	}
 	if own.Stall != "" && out.State != control.Failed {
 		// It holds what it has, and is of no use until the disk answers.
 		out.Reason = own.Stall
@@ -345,7 +348,10 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 	switch {
 	case !serving:
 		out.Health = control.Suspended
-		out.Reason = suspendedReason(sv, reports, off)
+		what, next := awaited(out, sv, reports[sv.Primary])
+		if out.Reason = suspendedReason(sv, reports, what, off); what != "" {
+			out.Next = next
+		}
 		if awaitsOperator(sv, reports) && canSeal(out, sv) {
 			out.Next = "blockstep failover " + sv.Name
 		}
@@ -386,7 +392,7 @@ func canSeal(out *control.VolumeStatus, sv *state.Volume) bool {
 	return n >= sv.SealsNeeded()
 }
 
-func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off []string) string {
+func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, awaited string, off []string) string {
 	reason := "no primary serves it"
 	primary := reports[sv.Primary]
 	switch {
@@ -401,6 +407,9 @@ func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, off 
 			sv.Primary, len(sv.InSync), sv.Options.MinCopies, sv.Name)
 	case primary.Core.Suspended:
 		reason = fmt.Sprintf("its primary %s has no majority of the in-sync set, or too few copies (min_copies %d)", sv.Primary, sv.Options.MinCopies)
+	}
+	if awaited != "" {
+		reason += "; " + awaited
 	}
 	if awaitsOperator(sv, reports) {
 		reason += "; automatic failover is off (failover.auto)"
