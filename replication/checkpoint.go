@@ -34,7 +34,7 @@ func (rp *replica) checkpointMax(size uint64) int64 {
 	if r := rp.opt.LogRetention; r != 0 {
 		most = min(most, max(2*r, checkpointMaxLeast))
 	}
-	return most
+	return min(most, rp.share(checkpointShare))
 }
 
 // limit says that a checkpoint is to be made after so many bytes.

@@ -35,6 +35,21 @@ func TestCheckpointsOfASmallVolume(t *testing.T) {
 			t.Errorf("a volume of %d bytes that retains %d: a checkpoint after %d, not %d", c.size, c.retention, got, c.want)
 		}
 	}
+	rp.opt.LogRetention = 256 << 20
+	for _, c := range []struct{ disk, retention, checkpoint int64 }{
+		{0, 256 << 20, 512 << 20},
+		{1 << 40, 256 << 20, 512 << 20},
+		{2 << 30, 256 << 20, 512 << 20},
+		{1 << 30, 128 << 20, 256 << 20},
+		{200 << 20, 25 << 20, 50 << 20},
+		{40 << 20, 16 << 20, 16 << 20},
+	} {
+		rp.room = c.disk
+		if r, m := rp.retention(), rp.checkpointMax(1<<40); r != c.retention || m != c.checkpoint {
+			t.Errorf("on a disk of %d bytes: %d are retained, not %d, and a checkpoint comes after %d, not %d", c.disk, r, c.retention, m, c.checkpoint)
+		}
+	}
+	rp.room = 0
 	l.CheckpointMax = 4096
 	if got := rp.checkpointMax(1 << 30); got != 4096 {
 		t.Errorf("a limit of 4096 has become %d", got)
@@ -88,6 +103,34 @@ func TestOverwritesAreCheckpointed(t *testing.T) {
 	}
 	if most > 32<<20 {
 		t.Errorf("the log has grown to %d MiB, with a checkpoint after 4 MiB and 4 MiB that may wait to be applied", most>>20)
+	}
+}
+
+// TestALogOnASmallDisk: what the log retains by itself is more than a small disk has.
+// It keeps to a part of it, and the replica never fails for want of room.
+func TestALogOnASmallDisk(t *testing.T) {
+	const block = 64 << 10
+	mem := vfs.NewMem(1)
+	mem.SetCapacity(24 << 20)
+	v, s := openLoneWith(t, 1<<20, Options{Replica: &ReplicaOptions{FS: mem, LogSegment: 1 << 20}})
+	done := make(chan error, 1)
+	for i := range 1024 { // 64 MiB
+		r := &Request{Op: OpWrite, Length: block, Data: buf.Get(block), Complete: func(r *Request, err error) {
+			r.Data.Release()
+			done <- err
+		}}
+		s.Submit(r)
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatalf("write %d: %v", i, err)
+			}
+		case <-time.After(time.Minute): // of a replica that failed nobody answers
+			t.Fatalf("write %d: no answer; it is %+v", i, v.Status().Core)
+		}
+	}
+	if st := v.Status(); st.Core.State != "InSync" {
+		t.Errorf("it is %s: %s", st.Core.State, st.Core.Reason)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	iofs "io/fs"
+	"math"
 	"path/filepath"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -42,6 +43,9 @@ func openReplica(v *Volume, ro ReplicaOptions) (_ *replica, err error) {
 	}()
 	if rp.lock, err = ro.FS.Lock(filepath.Join(ro.Dir, lockFile)); err != nil {
 		return nil, fmt.Errorf("lock %s: %w", ro.Dir, err)
+	}
+	if rp.room, err = ro.FS.Total(ro.Dir); err != nil {
+		return nil, fmt.Errorf("look at the disk: %w", err)
 	}
 	if err := rp.openMeta(); err != nil {
 		return nil, err
@@ -194,6 +198,20 @@ func (rp *replica) openFiles() (core.Start, error) {
 	return start, nil
 }
 
+// retention is how much of the log is kept for peers that are away: a share of a small
+// disk at the most, which it would fill otherwise, sooner or later.
+func (rp *replica) retention() int64 { return min(rp.opt.LogRetention, rp.share(retentionShare)) }
+
+// share is a part of the file system of the log, but at least one segment.
+func (rp *replica) share(of int64) int64 {
+	if rp.room == 0 {
+		return math.MaxInt64 // it does not say how much it has
+	}
+	least := rp.opt.LogSegment
+	def(&least, roomLeast)
+	return max(rp.room/of, least)
+}
+
 // spareBytes is how much of trimmed segments is kept for a volume of that size: what a
 // checkpoint covers, and what is written while it is made. With fewer, a load that
 // goes on would have files removed and made anew, of memory and blocks that are new,
@@ -206,7 +224,7 @@ func (rp *replica) spareBytes(size uint64) int64 { return rp.checkpointMax(size)
 func (rp *replica) openLog(applied ident.Position, target bool) (*wal.Log, wal.Recovery, error) {
 	dir := filepath.Join(rp.opt.Dir, logDir)
 	o := wal.Options{
-		Volume: rp.v.opts.Volume, Replica: rp.id, RetentionBytes: rp.opt.LogRetention, SegmentBytes: rp.opt.LogSegment,
+		Volume: rp.v.opts.Volume, Replica: rp.id, RetentionBytes: rp.retention(), SegmentBytes: rp.opt.LogSegment,
 		SpareBytes: rp.spareBytes(rp.meta.Size), DurableFloor: applied.Seq, VerifyAfter: applied.Seq,
 	}
 	if !target {
@@ -254,7 +272,7 @@ func (rp *replica) coreConfig() core.Config {
 		Heartbeat: int64(o.Heartbeat), LeaseFor: int64(o.LeaseFor), LeaseMax: rp.meta.LeaseMaxNanos,
 		DriftPPM: o.DriftPPM, StallTimeout: int64(o.StallTimeout), RetryAfter: int64(o.RetryAfter),
 		WindowBytes: l.window(), RingBytes: l.ring(), AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,
-		UnappliedMax: l.UnappliedMax, UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax, LagMax: o.LagMax, TrimLagMax: trimLagMax,
+		UnappliedMax: int(min(int64(l.UnappliedMax), rp.share(checkpointShare))), UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax, LagMax: o.LagMax, TrimLagMax: trimLagMax,
 		ResyncMax: o.ResyncMax, ResyncMin: o.ResyncMin, ResyncChunk: o.ResyncChunk,
 	}
 }

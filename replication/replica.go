@@ -69,6 +69,7 @@ type replica struct {
 	resets       atomic.Uint64 // how often the log has begun anew
 	readers      readPool
 	disk         diskWatch
+	room         int64 // bytes of the file system of the log, free or not; 0: not known
 
 	ctx      context.Context
 	cancel   context.CancelFunc
