@@ -492,6 +492,13 @@ func TestALogThatAPeerNeeds(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	d := alpha.daemon.Load()
+	alpha.eventually(20*time.Second, "it has applied all of it, for which it reads its log too", func(context.Context) error {
+		if st := d.volume(d.state().Volume("db").ID).driver.Status().Core; st.Applied < st.Last.Seq {
+			return fmt.Errorf("%d of %v", st.Applied, st.Last)
+		}
+		return nil
+	})
 	alpha.faults.on(syscall.EIO, "/log/", vfs.OpRead)
 	gamma.start()
 	beta.sees("alpha", control.Failed, "read the log for gamma")
