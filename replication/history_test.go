@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/blockstep/blockstep/internal/buf"
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/vfs"
 )
 
 var (
@@ -36,9 +38,17 @@ type registerInput struct {
 	value    uint64
 }
 
+// Half of the histories are of sectors instead: ranges of any place and length are
+// written, zeroed and read, and each sector is judged by itself.
+const (
+	sectorBytes = 512
+	sectors     = registers * registerBytes / sectorBytes
+	sectorsMost = 24 // of one request
+)
+
 var registerModel = porcupine.Model{
 	Partition: func(h []porcupine.Operation) [][]porcupine.Operation {
-		parts := make([][]porcupine.Operation, registers)
+		parts := make([][]porcupine.Operation, max(registers, sectors))
 		for _, op := range h {
 			r := op.Input.(registerInput).register
 			parts[r] = append(parts[r], op)
@@ -66,6 +76,7 @@ type history struct {
 	torn  []string
 	stop  atomic.Bool
 	value atomic.Uint64
+	part  bool // of sectors
 }
 
 // client does random requests at a node until the history ends.
@@ -94,6 +105,9 @@ func (h *history) client(id int, node ident.Node, rng *rand.Rand) {
 
 // request does one and notes it. It reports whether the session goes on.
 func (h *history) request(id int, ts *testSession, rng *rand.Rand) bool {
+	if h.part {
+		return h.sectors(id, ts, rng)
+	}
 	in := registerInput{register: rng.IntN(registers), write: rng.IntN(2) == 0}
 	b := buf.Get(registerBytes)
 	clear(b.B)
@@ -133,6 +147,102 @@ func (h *history) request(id int, ts *testSession, rng *rand.Rand) bool {
 	return err == nil
 }
 
+// sectors is request where sectors are judged.
+func (h *history) sectors(id int, ts *testSession, rng *rand.Rand) bool {
+	n := 1 + rng.IntN(sectorsMost)
+	first := rng.IntN(sectors - n + 1)
+	b := buf.Get(n * sectorBytes)
+	clear(b.B)
+	defer b.Release()
+	r := &Request{Op: OpRead, Offset: uint64(first) * sectorBytes, Length: uint64(n) * sectorBytes, Data: b}
+	value := uint64(0)
+	switch rng.IntN(8) {
+	case 0:
+		r.Op, r.NoHole, r.FUA, r.Data = OpZero, rng.IntN(2) == 0, rng.IntN(8) == 0, nil
+	case 1, 2, 3:
+		value = h.value.Add(1)
+		r.Op, r.FUA = OpWrite, rng.IntN(8) == 0
+		for i := 0; i < len(b.B); i += 8 {
+			binary.LittleEndian.PutUint64(b.B[i:], value)
+		}
+	}
+	read := r.Op == OpRead
+	call := h.count.Add(1)
+	err := <-ts.start(r)
+	ret := h.count.Add(1)
+	if err != nil {
+		if read {
+			return false
+		}
+		ret = 1 << 60 // it may take effect at any time from its call on
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for i := range n {
+		out := uint64(0)
+		if read {
+			sector := b.B[i*sectorBytes : (i+1)*sectorBytes]
+			if out = binary.LittleEndian.Uint64(sector); !bytes.Equal(sector[8:], sector[:sectorBytes-8]) {
+				h.torn = append(h.torn, fmt.Sprintf("sector %d begins with %d", first+i, out))
+			}
+		}
+		h.ops = append(h.ops, porcupine.Operation{
+			ClientId: id, Input: registerInput{register: first + i, write: !read, value: value}, Call: call, Output: out, Return: ret,
+		})
+	}
+	return err == nil
+}
+
+// wipe gives a node an empty disk, and waits until all copies are there again: no
+// other disk may be lost meanwhile.
+func (h *history) wipe(victim ident.Node, rng *rand.Rand) {
+	c := h.c
+	if !h.whole(10 * time.Second) {
+		return // one that is lost below three good copies is not this test's
+	}
+	n := c.nodes[victim]
+	c.kill(victim)
+	n.mem = vfs.NewMem(rng.Uint64())
+	n.fs = n.mem
+	rid, err := CreateReplica(context.Background(), n.options(), c.size)
+	if err != nil {
+		h.t.Errorf("an empty disk: %v", err)
+		return
+	}
+	c.mu.Lock()
+	c.view.Members = slices.Clone(c.view.Members)
+	for i := range c.view.Members {
+		if m := &c.view.Members[i]; m.Replica == n.rid {
+			m.Replica = rid
+		}
+	}
+	// What cannot be asked for what it forgot is not of the set any more.
+	c.view.Set = slices.DeleteFunc(slices.Clone(c.view.Set), func(m ident.Node) bool { return m == victim })
+	c.view.SetVersion++
+	n.rid = rid
+	c.mu.Unlock()
+	c.push()
+	c.start(victim)
+	c.promote("")
+	if !h.whole(time.Minute) {
+		h.t.Errorf("%s has an empty disk and is not copied to: in sync are %v", victim, c.view.Set)
+	}
+}
+
+// whole waits until all replicas are in the in-sync set.
+func (h *history) whole(within time.Duration) bool {
+	for range within / (100 * time.Millisecond) {
+		h.c.mu.Lock()
+		all := len(h.c.view.Set) == 3
+		h.c.mu.Unlock()
+		if all && h.c.healthy() {
+			return true
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return false
+}
+
 // faults brings trouble until the history ends: at most one node is down or cut
 // off at a time, and it comes back.
 func (h *history) faults(rng *rand.Rand, rounds int) {
@@ -140,7 +250,11 @@ func (h *history) faults(rng *rand.Rand, rounds int) {
 	for range rounds {
 		time.Sleep(time.Duration(200+rng.IntN(1500)) * time.Millisecond)
 		victim := ident.Node(fmt.Sprintf("n%d", 1+rng.IntN(3)))
-		switch rng.IntN(5) {
+		faults := 5
+		if h.part {
+			faults++
+		}
+		switch rng.IntN(faults) {
 		case 0: // the process dies
 			c.kill(victim)
 			h.settle(rng)
@@ -167,6 +281,8 @@ func (h *history) faults(rng *rand.Rand, rounds int) {
 				_ = v.Drain(ctx, c.view.Epoch)
 				cancel()
 			}
+		case 5:
+			h.wipe(victim, rng)
 		}
 		c.promote(victim)
 	}
@@ -224,7 +340,7 @@ func TestHistoriesAreLinearizable(t *testing.T) {
 
 func runHistory(t *testing.T, seed uint64) {
 	rng := rand.New(rand.NewPCG(seed, 1))
-	h := &history{t: t, c: makeTestCluster(t, seed%4 >= 2, registers*registerBytes, 3, "client")}
+	h := &history{t: t, c: makeTestCluster(t, seed%4 >= 2, registers*registerBytes, 3, "client"), part: seed%8 >= 4}
 	h.c.view.MinCopies = 1 + int(seed%2)
 	h.c.promote("n1")
 	var wg sync.WaitGroup
