@@ -434,6 +434,46 @@ func TestAWipedReplica(t *testing.T) {
 	}
 }
 
+// A replica that is removed while its node is down, and wanted there again before it is
+// back, is registered under its id once more.
+func TestAReplicaThatIsWantedAgain(t *testing.T) {
+	nodes := newCluster(t, "")
+	v := nodes["alpha"].create("db", 16<<20)
+	nodes["alpha"].healthy("db")
+	via, victim := nodes[v.Primary], nodes["alpha"]
+	if victim == via {
+		victim = nodes["beta"]
+	}
+	victim.halt()
+	apply := func(c state.Command) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if _, err := via.daemon.Load().applyWhole(ctx, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	id := func() ident.Volume {
+		for id, sv := range via.daemon.Load().state().Volumes {
+			if sv.Name == "db" {
+				return id
+			}
+		}
+		t.Fatal("no volume")
+		return 0
+	}()
+	apply(state.Command{RemoveReplica: &state.RemoveReplica{Volume: id, Node: ident.Node(victim.name)}})
+	via.eventually(30*time.Second, "it is removed", func(context.Context) error {
+		if rep := via.daemon.Load().state().Volumes[id].Replica(ident.Node(victim.name)); rep != nil {
+			return fmt.Errorf("%+v", *rep)
+		}
+		return nil
+	})
+	apply(state.Command{AddReplica: &state.AddReplica{Volume: id, Node: ident.Node(victim.name)}})
+	victim.start()
+	via.healthy("db")
+}
+
 // TestAnInvalidateThatDoesNotHappen: without a Raft leader it ends in time, says so, and
 // leaves nothing behind; nor does one that a crash cut off.
 func TestAnInvalidateThatDoesNotHappen(t *testing.T) {

@@ -476,7 +476,9 @@ func (d *Daemon) register(ctx context.Context, sv *state.Volume, id ident.Replic
 	ctx, cancel := context.WithTimeout(ctx, registerTime)
 	defer cancel()
 	res, err := d.apply(ctx, state.Command{
-		ID:              fmt.Sprintf("register-%016x", uint64(id)),
+		// Not the replica's id: one that was removed, and is wanted here again before
+		// its files went, is registered once more.
+		ID:              raft.NewCommandID(),
 		RegisterReplica: &state.RegisterReplica{Volume: sv.ID, Node: d.self, Replica: id, Replace: replace},
 	})
 	if err == nil {

@@ -126,8 +126,10 @@ func (k *checker) committed(s *Sim, n *node) {
 	if c == n.commit {
 		return
 	}
-	if c < n.commit && s.local() {
-		n.commit = c // it is primary no more: what it alone holds is no commit now
+	if c < n.commit && (s.local() || len(k.losses) > 0) {
+		// It is primary no more: what it alone holds is no commit now. Or what it cuts
+		// was given up.
+		n.commit = c
 		return
 	}
 	if c < n.commit {

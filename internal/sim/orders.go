@@ -182,6 +182,7 @@ func (s *Sim) keepReplica(n *node, k int) {
 		return // a node that is behind makes and removes nothing
 	}
 	rep := s.cl.vol().Replica(n.name)
+	n.registering = n.registering && rep != nil && rep.Replica == 0
 	switch {
 	case rep == nil && n.replica:
 		s.note(n.i, "replica", "removed")
