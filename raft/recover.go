@@ -83,11 +83,21 @@ func Recover(r Recovery) (out Recovered, err error) {
 		return out, err
 	}
 	out.State = look.next
-	if id.ClusterID != "" && id.ClusterID != out.State.ClusterID {
-		return out, id.foreign(r.Dir, out.State.ClusterID)
+	before := look.cur.Load().ClusterID
+	if id.ClusterID != "" && id.ClusterID != before {
+		return out, id.foreign(r.Dir, before)
 	}
 	if r.Preview {
 		return out, nil
+	}
+	if before != out.State.ClusterID {
+		// After a crash in the middle the state, the old one or the new, names it
+		// when the node starts.
+		unnamed := *id
+		unnamed.ClusterID = ""
+		if err := writeIdentity(r.FS, r.Dir, &unnamed); err != nil {
+			return out, err
+		}
 	}
 	var group hraft.Configuration
 	for _, name := range r.Keep {
@@ -97,7 +107,9 @@ func Recover(r Recovery) (out Recovered, err error) {
 	if err := recoverInto(&recoverFSM{fsm: newFSM(), keep: r.Keep}, id.RaftID, bolt, snaps, hlog, group); err != nil {
 		return out, fmt.Errorf("recover the cluster state: %w", err)
 	}
-	return out, err
+	named := *id
+	named.ClusterID = out.State.ClusterID
+	return out, writeIdentity(r.FS, r.Dir, &named)
 }
 
 func newFSM() *fsm {

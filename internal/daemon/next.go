@@ -20,12 +20,16 @@ const replacedReason = "the node was replaced"
 // names works as it stands, in the state that the status shows. office: there is a
 // primary, be it one that has too few copies to answer its clients.
 func nextStep(out *control.VolumeStatus, sv *state.Volume, serving, office bool) string {
+	// What lies there is of no use, or was given up with its node.
+	gone := func(r control.ReplicaStatus) bool {
+		return r.State == control.Failed && !isFull(sv, r) || r.State == control.Absent && r.Reason == lostReason
+	}
 	failed := 0          // of the in-sync set
 	var missing []string // and those of them that come back when what they miss does
 	for _, r := range out.Replicas {
-		if rep := sv.Replica(ident.Node(r.Node)); rep != nil && sv.InSet(rep.Node) && r.State == control.Failed && !isFull(sv, r) {
+		if rep := sv.Replica(ident.Node(r.Node)); rep != nil && sv.InSet(rep.Node) && gone(r) {
 			failed++
-			if !rep.Failed {
+			if !rep.Failed && r.State == control.Failed {
 				missing = append(missing, r.Node)
 			}
 		}
@@ -33,7 +37,7 @@ func nextStep(out *control.VolumeStatus, sv *state.Volume, serving, office bool)
 	lost := !serving && failed >= sv.Majority()
 	first := ""
 	for _, r := range out.Replicas {
-		if (lost || !office) && r.State == control.Failed && !isFull(sv, r) {
+		if (lost || !office) && gone(r) {
 			continue // nothing can be copied anew: there is nobody to copy from
 		}
 		switch step := nextOf(out, sv, r); {
@@ -62,6 +66,8 @@ func nextOf(out *control.VolumeStatus, sv *state.Volume, r control.ReplicaStatus
 		switch {
 		case r.Reason == foreignReason:
 			return "blockstep node replace " + r.Node
+		case r.Reason == lostReason:
+			return fmt.Sprintf("start blockstepd on %s on an empty data_dir, then: blockstep node replace %s", r.Node, r.Node)
 		case !strings.HasPrefix(r.Reason, devicePrefix):
 			return fmt.Sprintf("start blockstepd on %s, or check its network", r.Node)
 		}

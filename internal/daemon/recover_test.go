@@ -49,7 +49,7 @@ func TestRecoverFromALostMajority(t *testing.T) {
 	}
 	for _, n := range []*testNode{beta, gamma} {
 		n.halt()
-		if err := os.RemoveAll(n.dir); err != nil {
+		if err := os.Rename(n.dir, n.dir+".old"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -77,6 +77,38 @@ func TestRecoverFromALostMajority(t *testing.T) {
 		}
 		return err
 	})
+	// Both of the others come back with what they had, which is a second cluster: it
+	// does not lead this one back to where it was, and nobody sends for them.
+	for _, n := range []*testNode{beta, gamma} {
+		if err := os.Rename(n.dir+".old", n.dir); err != nil {
+			t.Fatal(err)
+		}
+		n.start()
+	}
+	beta.eventually(30*time.Second, "the others lead themselves", func(ctx context.Context) error {
+		s, err := beta.client.Status(ctx)
+		if err == nil && s.Leader != "beta" && s.Leader != "gamma" {
+			err = fmt.Errorf("the leader is %q", s.Leader)
+		}
+		return err
+	})
+	if s, err := alpha.client.Status(t.Context()); err != nil || s.Leader != "alpha" {
+		t.Errorf("beside those who were given up: %+v, %v", s, err)
+	}
+	for _, n := range []*testNode{beta, gamma} {
+		n.halt()
+		if err := os.RemoveAll(n.dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st := alpha.status("db"); st.Next != "blockstep failover db --force --accept-data-loss" {
+		t.Errorf("the next step is %q", st.Next)
+	}
+	for _, r := range alpha.status("db").Replicas {
+		if r.Node != "alpha" && r.Reason != lostReason {
+			t.Errorf("%+v is absent for another reason", r)
+		}
+	}
 	list, err := alpha.client.Nodes(t.Context())
 	if err != nil {
 		t.Fatal(err)

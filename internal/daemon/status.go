@@ -26,6 +26,7 @@ type volumeReport struct {
 	Reached bool          `json:"reached"` // false: the node gave no answer
 	RaftID  string        `json:"raft_id"` // of the data_dir that answers
 	Relayed bool          `json:"-"`       // it gives this node no answer, and the primary hears it
+	GivenUp bool          `json:"-"`       // a recovery from a lost majority went on without it
 	Foreign bool          `json:"-"`       // what runs there has another data_dir than the cluster knows
 	Open    bool          `json:"open"`
 	Replica bool          `json:"replica"`
@@ -120,14 +121,17 @@ func (d *Daemon) reportOf(ctx context.Context, n ident.Node, id ident.Volume) vo
 	ctx, cancel := context.WithTimeout(ctx, askNode)
 	defer cancel()
 	var r volumeReport
-	if err := d.rpc.call(ctx, n, "/node/v1/volume", volumeCall{id}, &r); err != nil {
+	err := d.rpc.call(ctx, n, "/node/v1/volume", volumeCall{id}, &r)
+	switch m := d.state().Nodes[n]; {
+	case err == nil && m != nil && m.RaftID != r.RaftID:
+		// Whatever it says, it is not the node that the cluster knows.
+		return volumeReport{Foreign: true}
+	case m != nil && m.Lost:
+		return volumeReport{GivenUp: true}
+	case err != nil:
 		return volumeReport{}
 	}
 	r.Reached = true
-	if m := d.state().Nodes[n]; m != nil && m.RaftID != r.RaftID {
-		// Whatever it says, it is not the node that the cluster knows.
-		return volumeReport{Foreign: true}
-	}
 	return r
 }
 
@@ -250,9 +254,6 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 			out.Reason = own.Core.Reason
 		}
 	}
-	if own.Foreign {
-		out.Reason = foreignReason
-	}
 	if own.Reached && !own.Replica && own.Problem != "" {
 		out.State, out.Reason = control.Failed, own.Problem
 	}
@@ -295,8 +296,11 @@ func replicaStatus(sv *state.Volume, r state.Replica, reports map[ident.Node]vol
 		// Also one that had failed: it is being made anew.
 		out.State, out.Reason = control.Absent, own.Problem
 	}
-	if own.Foreign {
+	switch {
+	case own.Foreign:
 		out.Reason = foreignReason
+	case own.GivenUp && out.State == control.Absent:
+		out.Reason = lostReason
 	}
 	return out
 }

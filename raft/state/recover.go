@@ -1,6 +1,8 @@
 package state
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -13,7 +15,9 @@ import (
 // others stay members by name, with their replicas, but are Lost: out of the
 // group until an operator replaces or removes them, and their Raft ids never
 // come back. Nothing is decided about volumes: that is for a forced failover.
-// Every node of keep must be a member; the receiver is left as it is.
+// Every node of keep must be a member; the receiver is left as it is. From here on
+// it is another cluster: by its id the lost nodes, should they come back with what
+// they had, are told from members, and cannot lead this one back to where it was.
 func (s *State) Recovered(keep []ident.Node) (*State, error) {
 	for _, name := range keep {
 		if s.Nodes[name] == nil {
@@ -36,6 +40,9 @@ func (s *State) Recovered(keep []ident.Node) (*State, error) {
 		lost = append(lost, string(name))
 	}
 	slices.Sort(lost)
+	if len(lost) > 0 {
+		next.ClusterID = recoveredID(s.ClusterID, keep)
+	}
 	// Several nodes that are kept must come to the same state, so that no clock
 	// is asked: the time is that of what happened last.
 	var last int64
@@ -47,4 +54,16 @@ func (s *State) Recovered(keep []ident.Node) (*State, error) {
 		Text: clip(fmt.Sprintf("an operator recovered the cluster state on %v; lost are %s", keep, strings.Join(lost, ", "))),
 	})
 	return next, nil
+}
+
+// recoveredID is the id of a cluster after a recovery: the same at each node that is
+// kept, which all run it by themselves.
+func recoveredID(before string, keep []ident.Node) string {
+	names := make([]string, 0, len(keep))
+	for _, k := range keep {
+		names = append(names, string(k))
+	}
+	slices.Sort(names)
+	sum := sha256.Sum256([]byte("recovered\x00" + before + "\x00" + strings.Join(slices.Compact(names), "\x00")))
+	return hex.EncodeToString(sum[:16])
 }
