@@ -10,7 +10,7 @@ import (
 
 // addCalls registers what other nodes may ask of this one.
 func (d *Daemon) addCalls() {
-	handle(d.rpcd, "/node/v1/founding", func(context.Context, ident.Node, struct{}) (raft.FoundInfo, error) {
+	handle(d.rpcd, pathFounding, func(context.Context, ident.Node, struct{}) (raft.FoundInfo, error) {
 		return d.raft.FoundInfo(), nil
 	})
 	handle(d.rpcd, "/node/v1/join", d.serveJoin)

@@ -289,7 +289,7 @@ func (d *Daemon) displaced(c *config.Config) (why, next string) {
 
 // Founding implements raft.Peers.
 func (d *Daemon) Founding(ctx context.Context, node ident.Node, address string) (info raft.FoundInfo, err error) {
-	err = d.rpc.callAddress(ctx, node, address, "/node/v1/founding", struct{}{}, &info)
+	err = d.rpc.callAddress(ctx, node, address, pathFounding, struct{}{}, &info)
 	var e *control.Error
 	if errors.As(err, &e) && e.Code == control.CodeRefused {
 		err = fmt.Errorf("%w: %s", raft.ErrDisagrees, e.Message)

@@ -88,8 +88,13 @@ func TestCallsOfStrangersAreRefused(t *testing.T) {
 	})
 	go srv.http.Serve(m.Listener(mux.PrefaceNode))
 	defer srv.http.Close()
+	handle(srv, pathFounding, func(context.Context, ident.Node, struct{}) (string, error) { return "alpha", nil })
+	var id string // of the cluster, as the caller knows it
 	call := func(cluster string, to ident.Node, in any) (out string, err error) {
 		c := newRPCClient(cluster, "beta", func(ident.Node) (string, bool) { return l.Addr().String(), true })
+		if id != "" {
+			c.id.Store(&id)
+		}
 		defer c.close()
 		return out, c.call(t.Context(), to, "/node/v1/ping", in, &out)
 	}
@@ -106,6 +111,27 @@ func TestCallsOfStrangersAreRefused(t *testing.T) {
 		if !errors.As(err, &e) || e.Next == "" {
 			t.Errorf("a call %s: %v", name, err)
 		}
+	}
+
+	// Of a cluster of the same name, as one is to another that a recovery has left behind.
+	id = "0f0e"
+	if _, err := call("prod", "alpha", ping{}); err != nil {
+		t.Errorf("of one that does not know its own yet: %v", err)
+	}
+	own := "5e0a"
+	srv.id.Store(&own)
+	if _, err := call("prod", "alpha", ping{}); err == nil || !strings.Contains(err.Error(), "of id 5e0a, the caller to that of id 0f0e") {
+		t.Errorf("of another id: %v", err)
+	}
+	c := newRPCClient("prod", "beta", func(ident.Node) (string, bool) { return l.Addr().String(), true })
+	defer c.close()
+	c.id.Store(&id)
+	if err := c.call(t.Context(), "alpha", pathFounding, struct{}{}, new(string)); err != nil {
+		t.Errorf("the question whose node it is: %v", err)
+	}
+	id = own
+	if _, err := call("prod", "alpha", ping{}); err != nil {
+		t.Errorf("of the same: %v", err)
 	}
 }
 

@@ -49,6 +49,8 @@ func (d *Daemon) setPeers() {
 		}
 	} else {
 		d.links.SetClusterID(st.ClusterID)
+		d.rpc.id.Store(&st.ClusterID)
+		d.rpcd.id.Store(&st.ClusterID)
 	}
 	d.links.SetPeers(nodes)
 }

@@ -111,7 +111,7 @@ func answering(ctx context.Context, cfg *config.Config, s *state.State) []string
 		}
 		wg.Go(func() {
 			var info raft.FoundInfo
-			if err := rpc.callAddress(ctx, name, n.Address, "/node/v1/founding", struct{}{}, &info); err == nil && info.Founded {
+			if err := rpc.callAddress(ctx, name, n.Address, pathFounding, struct{}{}, &info); err == nil && info.Founded {
 				mu.Lock()
 				defer mu.Unlock()
 				up = append(up, string(name))

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
@@ -24,8 +25,14 @@ import (
 const (
 	headerCluster = "Blockstep-Cluster"
 	headerNode    = "Blockstep-Node"
+	// headerClusterID tells a cluster from another one of its name, and from what it
+	// was before a recovery. It is left out while it is not known.
+	headerClusterID = "Blockstep-Cluster-Id"
 	// headerTo guards against an address that now belongs to another node.
 	headerTo = "Blockstep-To"
+
+	// pathFounding is what is asked before it is known whose node it is.
+	pathFounding = "/node/v1/founding"
 
 	rpcBytesMax     = 4 << 20 // of a request or an answer
 	rpcConnsPerPeer = 16
@@ -38,6 +45,7 @@ const (
 // rpcClient calls other nodes.
 type rpcClient struct {
 	cluster string
+	id      atomic.Pointer[string] // the cluster's; nil while it is not known
 	self    ident.Node
 	address func(ident.Node) (string, bool)
 	http    *http.Client
@@ -85,6 +93,9 @@ func (c *rpcClient) callAddress(ctx context.Context, node ident.Node, address, p
 		return fmt.Errorf("calling %s: %w", node, err)
 	}
 	req.Header.Set(headerCluster, c.cluster)
+	if id := c.id.Load(); id != nil {
+		req.Header.Set(headerClusterID, *id)
+	}
 	req.Header.Set(headerNode, string(c.self))
 	req.Header.Set(headerTo, string(node))
 	resp, err := c.http.Do(req)
@@ -118,6 +129,7 @@ func (c *rpcClient) callAddress(ctx context.Context, node ident.Node, address, p
 // rpcServer serves calls of other nodes.
 type rpcServer struct {
 	cluster string
+	id      atomic.Pointer[string] // the cluster's; nil while it is not known
 	self    ident.Node
 	mux     *http.ServeMux
 	slots   chan struct{}
@@ -140,6 +152,11 @@ func newRPCServer(cluster string, self ident.Node, logger *slog.Logger) *rpcServ
 func (s *rpcServer) serve(w http.ResponseWriter, r *http.Request) {
 	if got := r.Header.Get(headerCluster); got != s.cluster {
 		rpcError(w, control.Errorf(control.CodeRefused, "correct cluster or nodes in one of the configurations", "this node belongs to cluster %q, the caller to %q", s.cluster, got))
+		return
+	}
+	if id, got := s.id.Load(), r.Header.Get(headerClusterID); id != nil && got != "" && got != *id && r.URL.Path != pathFounding {
+		rpcError(w, control.Errorf(control.CodeRefused, "empty the data_dir of the node that does not belong here, then: blockstep node replace NODE",
+			"this node belongs to the cluster %q of id %s, the caller to that of id %s", s.cluster, *id, got))
 		return
 	}
 	if got := r.Header.Get(headerTo); got != string(s.self) {
