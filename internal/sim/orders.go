@@ -121,6 +121,8 @@ func (s *Sim) wipe(n *node) {
 	old := n.disk.meta.replica
 	s.newReplica(n)
 	id := n.disk.meta.replica
+	s.orders++
+	raftID := fmt.Sprintf("%s-%d", n.name, s.orders) // of the new data directory: asked again, it is the same
 	var try func()
 	try = func() {
 		rep := s.cl.vol().Replica(n.name)
@@ -128,8 +130,7 @@ func (s *Sim) wipe(n *node) {
 			s.register(n, id)
 			return
 		}
-		s.orders++
-		s.command(n.i, state.Command{ReplaceNode: &state.ReplaceNode{Name: n.name, RaftID: fmt.Sprintf("%s-%d", n.name, s.orders)}})
+		s.command(n.i, state.Command{ReplaceNode: &state.ReplaceNode{Name: n.name, RaftID: raftID}})
 		s.at(s1, event{kind: evCall, fn: try})
 	}
 	try()
