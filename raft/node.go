@@ -81,7 +81,7 @@ type Options struct {
 	// Zero durations mean the defaults.
 	HeartbeatTimeout   time.Duration // 700 ms: silence of the leader after which a follower stands
 	ElectionTimeout    time.Duration // 700 ms: of one election
-	LeaderLeaseTimeout time.Duration // 560 ms: a leader that has no quorum for so long steps down; more than 0.4 of HeartbeatTimeout
+	LeaderLeaseTimeout time.Duration // 0.8 of HeartbeatTimeout, or all of one below 0.5 s: a leader that has no quorum for so long steps down
 	StallTimeout       time.Duration // 5 s: a write to Raft's store that is out for longer counts as a hung disk
 	CommitTimeout      time.Duration // 1 s: between messages to an idle follower (see runTell)
 }
@@ -103,6 +103,9 @@ const (
 	// followers'. An interval of up to 0.4 of theirs still leaves them one to lose,
 	// and is well within LeaderLeaseTimeout.
 	leaderPace = 2
+	// paceLeast is the shortest HeartbeatTimeout with which that is so: with a short one
+	// a busy machine delays heartbeats by as much as they are apart.
+	paceLeast = 500 * time.Millisecond
 )
 
 // Node is this node's part in the cluster state. Its methods may be called from
@@ -195,7 +198,11 @@ func checkOptions(o *Options) error {
 	}
 	setDefault(&o.HeartbeatTimeout, 700*time.Millisecond)
 	setDefault(&o.ElectionTimeout, 700*time.Millisecond)
-	setDefault(&o.LeaderLeaseTimeout, 560*time.Millisecond)
+	lease := o.HeartbeatTimeout
+	if lease >= paceLeast {
+		lease = lease * 4 / 5 // less than followers wait, and much more than heartbeats are apart
+	}
+	setDefault(&o.LeaderLeaseTimeout, lease)
 	setDefault(&o.CommitTimeout, time.Second)
 	setDefault(&o.StallTimeout, 5*time.Second)
 	return nil
@@ -298,7 +305,7 @@ func (n *Node) runObserve(ch <-chan hraft.Observation, o *hraft.Observer) {
 func (n *Node) pace() {
 	rc := n.raft.ReloadableConfig()
 	rc.HeartbeatTimeout, rc.ElectionTimeout = n.opts.HeartbeatTimeout, n.opts.ElectionTimeout
-	if n.IsLeader() {
+	if n.IsLeader() && rc.HeartbeatTimeout >= paceLeast {
 		rc.HeartbeatTimeout *= leaderPace
 		rc.ElectionTimeout = max(rc.ElectionTimeout, rc.HeartbeatTimeout)
 	}

@@ -253,6 +253,22 @@ func TestPaceOfHeartbeats(t *testing.T) {
 	})
 }
 
+// With short heartbeats a leader is as patient, and sends as often, as the library has it.
+func TestShortHeartbeatsAreNotThinnedOut(t *testing.T) {
+	for heartbeat, want := range map[time.Duration]time.Duration{
+		0: 560 * time.Millisecond, time.Second: 800 * time.Millisecond, 100 * time.Millisecond: 100 * time.Millisecond,
+	} {
+		o := newTestCluster(t).options("alpha")
+		o.HeartbeatTimeout = heartbeat
+		if err := checkOptions(&o); err != nil {
+			t.Fatal(err)
+		}
+		if o.LeaderLeaseTimeout != want {
+			t.Errorf("heartbeat %v: a leader steps down after %v, not %v", heartbeat, o.LeaderLeaseTimeout, want)
+		}
+	}
+}
+
 func TestApplyAtAFollowerNamesTheLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestCluster(t)

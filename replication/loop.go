@@ -116,13 +116,7 @@ func (rp *replica) step(rounds int, flushes bool) {
 			idle = idle && len(rp.effects.Append)+len(rp.effects.Answers)+len(rp.effects.SealReplies) == 0
 		}
 		rp.disk.loop.Store(0)
-		rest := int64(0)
-		if idle {
-			rest = int64(min(rp.core.RestsUntil(), rp.nextStatus))
-		}
-		if rest != rp.restsUntil.Load() {
-			rp.restsUntil.Store(rest)
-		}
+		rp.rest(idle)
 		switch {
 		case !idle:
 			rp.v.opts.Links.Flush()
@@ -139,6 +133,21 @@ func (rp *replica) step(rounds int, flushes bool) {
 			rp.in.handOver()
 			return
 		}
+	}
+}
+
+// rest notes until when the pulse may leave the replica alone, after a batch that was
+// idle; a busy one's ticks come anyway.
+func (rp *replica) rest(idle bool) {
+	rest, wake := core.Instant(0), core.Instant(0)
+	if idle {
+		rest, wake = min(rp.core.RestsUntil(), rp.nextStatus), rp.core.WakesAt()
+	}
+	if int64(rest) != rp.restsUntil.Load() {
+		rp.restsUntil.Store(int64(rest))
+	}
+	if int64(wake) != rp.wakesAt.Load() {
+		rp.wakesAt.Store(int64(wake))
 	}
 }
 

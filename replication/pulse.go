@@ -65,8 +65,22 @@ func (p *Pulse) Run(ctx context.Context) {
 			}
 			list[0].v.opts.Links.Flush() // they all have the node's
 		}
-		timer.Reset(untilNext(p.clock, p.every))
+		timer.Reset(p.next(list))
 	}
+}
+
+// next returns when the next round is: with the next tick, or when a replica is to be
+// woken before that. Its primary asks for its leases with the ticks of its own clock,
+// so that they end at any time between two of ours, or always just after one.
+func (p *Pulse) next(list []*replica) time.Duration {
+	wait := untilNext(p.clock, p.every)
+	now := p.clock.Boot()
+	for _, rp := range list {
+		if at := core.Instant(rp.wakesAt.Load()); at >= now {
+			wait = min(wait, time.Duration(at-now)+time.Millisecond)
+		}
+	}
+	return wait
 }
 
 // runLate stands in for rounds that do not come.

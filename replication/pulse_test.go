@@ -98,3 +98,26 @@ func TestPulseHasWhatRuns(t *testing.T) {
 		t.Error("a replica that has stopped still has the pulse")
 	}
 }
+
+// TestPulseWakesWhereALeaseEnds: a round comes with the next tick of the clock, but
+// before that where a primary's lease ends.
+func TestPulseWakesWhereALeaseEnds(t *testing.T) {
+	clock := testClock{start: time.Now().Add(-time.Hour)}
+	p := NewPulse(clock, 10*time.Second, 0)
+	rp := &replica{}
+	list := []*replica{{}, rp}
+	now := clock.Boot()
+	tick := now - now%core.Instant(p.every) + core.Instant(p.every)
+	for at, want := range map[core.Instant]core.Instant{
+		0:                                tick, // of none
+		now - core.Instant(time.Second):  tick, // it has been there
+		tick + core.Instant(time.Second): tick,
+		now + (tick-now)/2 + 1:           now + (tick-now)/2 + 1 + core.Instant(time.Millisecond),
+	} {
+		rp.wakesAt.Store(int64(at))
+		got := clock.Boot() + core.Instant(p.next(list))
+		if d := time.Duration(got - want); d < -20*time.Millisecond || d > 20*time.Millisecond {
+			t.Errorf("with a lease that ends in %v the next round is %v from where it should be", time.Duration(at-now), d)
+		}
+	}
+}

@@ -59,6 +59,7 @@ type replica struct {
 	reopening  atomic.Bool // it was stopped because its disk was full, and is to be opened anew
 	lastStatus atomic.Pointer[core.Status]
 	restsUntil atomic.Int64 // core.Instant: until then a beat of the pulse is nothing
+	wakesAt    atomic.Int64 // core.Instant: then one is, whenever ticks come; 0: whenever they come
 
 	in           *inbox
 	syncer       *syncer

@@ -96,6 +96,9 @@ func (l *loader) checkWhole(c *Config) {
 	if c.Volume.Lease > 0 && c.Volume.Lease < 3*c.Volume.Heartbeat {
 		l.fail("volume.lease", fmt.Sprintf("%v is less than three heartbeats of %v", c.Volume.Lease, c.Volume.Heartbeat), "a lease that one lost heartbeat ends would stop I/O; raise volume.lease or lower volume.heartbeat")
 	}
+	if c.Raft.Election > 0 && c.Raft.Election < c.Raft.Heartbeat {
+		l.fail("raft.election", fmt.Sprintf("%v is less than raft.heartbeat, %v", c.Raft.Election, c.Raft.Heartbeat), "raise raft.election, or lower raft.heartbeat")
+	}
 	if r := c.Resync; r.RateMax != 0 && r.RateMin > r.RateMax {
 		l.fail("resync.rate_min", fmt.Sprintf("%s is more than resync.rate_max, %s", FormatSize(r.RateMin), FormatSize(r.RateMax)), "lower it, or raise resync.rate_max")
 	}

@@ -151,6 +151,7 @@ func TestErrors(t *testing.T) {
 		{"bad size", good + "volume: {log_retention: 12 parsecs}\n", `FILE:12: volume.log_retention: size "12 parsecs" is not a number of bytes; write it like 1073741824, 512MiB, 10GiB or 2TiB`},
 		{"size out of range", good + "volume: {log_retention: 4KiB}\n", `FILE:12: volume.log_retention: 4KiB is out of range; allowed are 1MiB to 16TiB`},
 		{"bad duration", good + "volume: {power_loss_grace: soon}\n", `FILE:12: volume.power_loss_grace: "soon" is not a duration; allowed are 0s to 24h0m0s, written like 300ms, 2s or 1m30s`},
+		{"short election", good + "raft: {heartbeat: 5s, election: 20ms}\n", `FILE:12: raft.election: 20ms is less than raft.heartbeat, 5s; raise raft.election, or lower raft.heartbeat`},
 		{"short lease", good + "volume: {lease: 500ms}\n", `FILE:12: volume.lease: 500ms is less than three heartbeats of 300ms; a lease that one lost heartbeat ends would stop I/O; raise volume.lease or lower volume.heartbeat`},
 		{"bad enum", good + "volume: {ack: always}\n", `FILE:12: volume.ack: "always" is not known; allowed are quorum, durable, local`},
 		{"bad nbd scheme", replace("tcp://127.0.0.1:10809", "udp://127.0.0.1:10809"), `FILE:8: nbd.listen[1]: "udp://127.0.0.1:10809" has an unknown scheme "udp"; allowed are unix:///PATH and tcp://HOST:PORT`},

@@ -257,8 +257,6 @@ func (d *Daemon) openCluster(ctx context.Context) error {
 		},
 		Peers: d, Logger: d.log, FS: d.fs,
 		HeartbeatTimeout: d.cfg.Raft.Heartbeat, ElectionTimeout: d.cfg.Raft.Election, StallTimeout: d.cfg.Volume.StallTimeout,
-		// Less than the followers wait, and much more than heartbeats are apart.
-		LeaderLeaseTimeout: d.cfg.Raft.Heartbeat * 4 / 5,
 	})
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package sock
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -49,10 +50,8 @@ func (b *brief) Read(p []byte) (int, error) {
 		return errno != unix.EAGAIN
 	})
 	switch {
-	case err != nil:
-		return 0, err
-	case errno != 0:
-		return 0, &net.OpError{Op: "read", Net: b.LocalAddr().Network(), Source: b.LocalAddr(), Addr: b.RemoteAddr(), Err: os.NewSyscallError("recvfrom", errno)}
+	case err != nil || errno != 0:
+		return 0, b.error("read", err, errno)
 	case n == 0:
 		return 0, io.EOF
 	}
@@ -76,10 +75,22 @@ func (b *brief) Write(p []byte) (int, error) {
 		}
 		return true
 	})
-	if err == nil && errno != 0 {
-		err = &net.OpError{Op: "write", Net: b.LocalAddr().Network(), Source: b.LocalAddr(), Addr: b.RemoteAddr(), Err: os.NewSyscallError("sendto", errno)}
+	if err != nil || errno != 0 {
+		return done, b.error("write", err, errno)
 	}
-	return done, err
+	return done, nil
+}
+
+// error is worded as that of an ordinary connection.
+func (b *brief) error(op string, err error, errno unix.Errno) error {
+	e := &net.OpError{Op: op, Net: b.LocalAddr().Network(), Source: b.LocalAddr(), Addr: b.RemoteAddr(), Err: os.NewSyscallError(op, errno)}
+	var raw *net.OpError
+	if errors.As(err, &raw) {
+		e.Err = raw.Err
+	} else if err != nil {
+		e.Err = err
+	}
+	return e
 }
 
 // recvNow is recvfrom(2) that does not wait, and that the runtime is not told of.

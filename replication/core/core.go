@@ -381,6 +381,15 @@ func (c *Core) RestsUntil() Instant {
 	return c.lapse()
 }
 
+// WakesAt returns the instant after which a tick should not wait for its turn: a
+// secondary reports then that its primary has no lease of it. 0: there is none.
+func (c *Core) WakesAt() Instant {
+	if c.isPrimary() || !c.guards() {
+		return 0
+	}
+	return c.lapse()
+}
+
 // owed is what a tick may add to.
 type owed struct {
 	sends, reports, answers, proposes int
