@@ -119,7 +119,7 @@ func unread(t *testing.T, n *node, d *disk) (bytes int64) {
 
 // TestBackupOfCluster runs docs/examples/blockstep-backup against a cluster, as
 // docs/backup.md has it: full, incremental through other nodes and past a
-// switchover, restore to equality.
+// switchover, restore to equality, and full again when the volume is another one.
 func TestBackupOfCluster(t *testing.T) {
 	t.Parallel()
 	needTool(t, "nbdsh", "nbdinfo", "nbdcopy", "qemu-img")
@@ -128,16 +128,22 @@ func TestBackupOfCluster(t *testing.T) {
 	c.volume("restored", "64MiB")
 	dir := t.TempDir()
 	image := filepath.Join(dir, "db.img")
-	position := func() string {
-		var st struct {
-			Position string `json:"position"`
-		}
+	type status struct {
+		ID       string `json:"id"`
+		Position string `json:"position"`
+	}
+	now := func() (st status) {
 		c.nodes[0].jsonOf(&st, "status", "db")
-		return st.Position
+		return st
+	}
+	position := func() string { return now().Position }
+	script := func(n *node) []string {
+		at := now()
+		return []string{"../docs/examples/blockstep-backup", n.uri("db"), image, "--id", at.ID, "--position", at.Position}
 	}
 	backup := func(n *node) string {
 		t.Helper()
-		return tool(t, "/usr/bin/python3", "../docs/examples/blockstep-backup", n.uri("db"), image, "--position", position())
+		return tool(t, "/usr/bin/python3", script(n)...)
 	}
 	same := func() {
 		t.Helper()
@@ -204,10 +210,27 @@ func TestBackupOfCluster(t *testing.T) {
 			t.Errorf("a position that the log does not have was mapped:\n%s", out)
 		}
 	}
-	if err := os.WriteFile(image+".position", []byte("1:999999\n"), 0o600); err != nil {
+	if err := os.WriteFile(image+".position", []byte("1:999999 "+now().ID+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if out := toolFails(t, "/usr/bin/python3", "../docs/examples/blockstep-backup", c.nodes[0].uri("db"), image, "--position", position()); !strings.Contains(out, "full backup") {
+	if out := toolFails(t, "/usr/bin/python3", script(c.nodes[0])...); !strings.Contains(out, "full backup") {
 		t.Errorf("the script does not say what to do:\n%s", out)
 	}
+
+	// The volume is made anew under its name, and its log knows the position too.
+	if err := os.WriteFile(image+".position", []byte("1:1 "+now().ID+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.close()
+	c.nodes[0].cli("volume", "delete", "db")
+	c.volume("db", "64MiB")
+	again := mustDial(t, c.nodes[2], "db")
+	defer again.close()
+	if err := again.write(fill(4, 4096), 30<<20, true); err != nil {
+		t.Fatal(err)
+	}
+	if out := backup(c.nodes[0]); !strings.HasPrefix(out, "full, since ") {
+		t.Errorf("the first run of another volume of the same name says %q", out)
+	}
+	same()
 }

@@ -394,13 +394,14 @@ func TestToolsWithTLS(t *testing.T) {
 }
 
 // TestBackup runs the script of docs/backup.md: full, changes, incremental,
-// restore.
+// restore, and full again of another volume of the same name.
 func TestBackup(t *testing.T) {
 	dev, restored := random(t, 32<<20), nbdtest.NewMemDevice(32<<20)
 	addr := serve(t, nbdtest.Exports{"db": dev, "restored": restored})
 	image := filepath.Join(t.TempDir(), "image")
+	id := "00c0ffee00c0ffee"
 	backup := func() (string, error) {
-		return tryTool(t, "/usr/bin/python3", "../docs/examples/blockstep-backup", uri(addr, "db"), image, "--position", fmt.Sprintf("1:%d", dev.Seq()))
+		return tryTool(t, "/usr/bin/python3", "../docs/examples/blockstep-backup", uri(addr, "db"), image, "--id", id, "--position", fmt.Sprintf("1:%d", dev.Seq()))
 	}
 	equal := func() {
 		t.Helper()
@@ -438,5 +439,35 @@ func TestBackup(t *testing.T) {
 	dev.Forget(dev.Seq() + 1)
 	if out, err := backup(); err == nil || !strings.Contains(out, "full backup") {
 		t.Errorf("a position that is forgotten: %s %v", out, err)
+	}
+
+	// What the image has of another volume, deleted since, or of one that nobody
+	// knows, is not gone on with, though the server would know the position.
+	spoil := func() {
+		t.Helper()
+		if err := os.WriteFile(image, bytes.Repeat([]byte{0xee}, 40<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dev.Forget(0)
+	spoil()
+	id = "0ddba11"
+	if out, err := backup(); err != nil || !strings.HasPrefix(out, "full, since ") || !strings.Contains(out, "of another volume, 00c0ffee00c0ffee: ") {
+		t.Errorf("another volume of the same name: %s %v", out, err)
+	}
+	equal()
+	spoil()
+	if err := os.WriteFile(image+".position", []byte(fmt.Sprintf("1:%d\n", dev.Seq())), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := backup(); err != nil || !strings.HasPrefix(out, "full, since ") || !strings.Contains(out, "does not tell which volume") {
+		t.Errorf("a position without an id: %s %v", out, err)
+	}
+	equal()
+	if out, err := backup(); err != nil || !strings.HasPrefix(out, fmt.Sprintf("since 1:%d: 0 of", dev.Seq())) {
+		t.Errorf("once is enough: %s %v", out, err)
+	}
+	if out, err := tryTool(t, "/usr/bin/python3", "../docs/examples/blockstep-backup", uri(addr, "db"), image, "--id", id, "--position", ""); err == nil || !strings.Contains(out, "no primary") {
+		t.Errorf("no position: %s %v", out, err)
 	}
 }
