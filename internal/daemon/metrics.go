@@ -9,10 +9,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/version"
 	"github.com/blockstep/blockstep/nbd"
 	"github.com/blockstep/blockstep/replication"
-	"github.com/blockstep/blockstep/replication/core"
 )
 
 // metricsServer serves /metrics, /healthz and /readyz.
@@ -102,7 +102,7 @@ var (
 	descOpBytes    = desc("nbd_bytes_total", "Bytes of successful NBD requests.", "op")
 	descOpErrors   = desc("nbd_errors_total", "NBD requests that ended with an error.", "op")
 	descOpLatency  = desc("nbd_request_seconds", "Time from request to reply.", "op")
-	descPrimary    = desc("volume_primary", "1 on the node that serves the volume.", "volume")
+	descPrimary    = desc("volume_primary", "1 on the node that serves the volume; 0 on all while it is suspended.", "volume")
 	descEpoch      = desc("volume_epoch", "The volume's epoch.", "volume")
 	descSize       = desc("volume_size_bytes", "The volume's size.", "volume")
 	descStage      = desc("stage_seconds", "Time that a stage of a request's way takes on this node: log_write, log_sync, commit, forward, apply, store_sync, read.", "volume", "stage")
@@ -154,14 +154,15 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 			gauge(ch, descReplicaBad, flag(r.Failed), sv.Name, string(r.Node))
 		}
 		if v := d.volume(sv.ID); v != nil {
-			c.collectVolume(ch, v)
+			c.collectVolume(ch, v, sv.Epoch)
 		}
 	}
 }
 
-func (c *collector) collectVolume(ch chan<- prometheus.Metric, v *volume) {
+func (c *collector) collectVolume(ch chan<- prometheus.Metric, v *volume, epoch ident.Epoch) {
 	st := v.driver.Status()
-	gauge(ch, descPrimary, flag(st.Core.Role == core.RolePrimary), v.name)
+	r := volumeReport{Reached: true, Replica: v.replica.Load(), Core: st.Core}
+	gauge(ch, descPrimary, flag(r.servingAt(epoch)), v.name)
 	gauge(ch, descWaiting, float64(st.Held+st.Core.Waiting), v.name)
 	collectStages(ch, v)
 	if !v.replica.Load() {

@@ -293,3 +293,32 @@ func TestHealthAndReadiness(t *testing.T) {
 	})
 	is("/healthz", http.StatusOK, "ok")
 }
+
+// TestMetricOfASuspendedVolume: a primary that is alone keeps its office and
+// serves nobody, which is what the alert BlockstepNoPrimary is for.
+func TestMetricOfASuspendedVolume(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
+	alpha.create("db", 16<<20)
+	alpha.healthy("db")
+	if _, err := alpha.client.Switchover(t.Context(), "db", control.Switchover{To: "alpha"}); err != nil {
+		t.Fatal(err)
+	}
+	primary := func(want string) func(context.Context) error {
+		return func(context.Context) error {
+			_, text := alpha.scrape("/metrics")
+			if got := value(t, parse(text), "blockstep_volume_primary", map[string]string{"volume": "db"}); got != want {
+				return fmt.Errorf("blockstep_volume_primary is %s, want %s", got, want)
+			}
+			return nil
+		}
+	}
+	alpha.eventually(10*time.Second, "it serves", primary("1"))
+	nodes["beta"].halt()
+	nodes["gamma"].halt()
+	alpha.eventually(20*time.Second, "it is suspended", primary("0"))
+	d := alpha.daemon.Load()
+	if r := d.report(d.state().Volume("db").ID); !r.inOffice() {
+		t.Errorf("it is no primary any more, which is another case: %+v", r.Core)
+	}
+}

@@ -48,6 +48,11 @@ func (r volumeReport) serving() bool {
 	return r.Reached && r.Replica && r.Core.Role == core.RolePrimary && !r.Core.Suspended
 }
 
+// servingAt is serving, in the epoch that the volume is at now.
+func (r volumeReport) servingAt(e ident.Epoch) bool {
+	return r.serving() && r.Core.View.Epoch == e
+}
+
 // inOffice reports whether the node says that it is primary, be it one that has
 // too few copies to answer its clients: others can be copied from it.
 func (r volumeReport) inOffice() bool {
@@ -230,7 +235,7 @@ func statusOf(sv *state.Volume, reports map[ident.Node]volumeReport) control.Vol
 		out.InSync = append(out.InSync, string(n))
 	}
 	primary := reports[sv.Primary]
-	serving := primary.serving() && primary.Core.View.Epoch == sv.Epoch
+	serving := primary.servingAt(sv.Epoch)
 	if serving {
 		out.Primary = string(sv.Primary)
 		out.Position = primary.Core.Last.String()
