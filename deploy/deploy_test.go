@@ -227,3 +227,39 @@ func TestNames(t *testing.T) {
 		}
 	}
 }
+
+// TestAlerts: each alert has a test for promtool, and names what is there; one of
+// them fires when no daemon exports anything.
+func TestAlerts(t *testing.T) {
+	var rules struct {
+		Groups []struct {
+			Rules []struct {
+				Alert, Expr string
+				Annotations map[string]string
+			}
+		}
+	}
+	if err := yaml.Unmarshal([]byte(read(t, "prometheus/blockstep.rules.yaml")), &rules); err != nil {
+		t.Fatal(err)
+	}
+	tests := read(t, "prometheus/blockstep.test.yaml")
+	alerts, pages, silence := 0, 0, false
+	for _, g := range rules.Groups {
+		for _, r := range g.Rules {
+			alerts++
+			silence = silence || strings.HasPrefix(r.Expr, "absent(")
+			if !strings.Contains(tests, "alertname: "+r.Alert+"\n") || r.Annotations["summary"] == "" || r.Annotations["next"] == "" {
+				t.Errorf("%s has no test in blockstep.test.yaml, or does not say what is wrong and what to do: %q", r.Alert, r.Annotations)
+			}
+			for _, page := range regexp.MustCompile(`docs/\S+\.md`).FindAllString(r.Annotations["next"], -1) {
+				pages++
+				if _, err := os.Stat("../" + page); err != nil {
+					t.Errorf("%s names a page: %v", r.Alert, err)
+				}
+			}
+		}
+	}
+	if alerts < 10 || pages < 5 || !silence {
+		t.Errorf("%d alerts with %d pages; one for when all is silent: %v", alerts, pages, silence)
+	}
+}
