@@ -98,19 +98,6 @@ func ownSocket(p string, opts SocketOptions) error {
 	return nil
 }
 
-// LoadTLS returns a server's TLS configuration from PEM files. With ca, clients
-// must show a certificate that it signed. The files are read again for each
-// handshake after they changed, so that renewing them needs no restart; while
-// the new ones cannot be read the old ones stay.
-func LoadTLS(cert, key, ca string) (*tls.Config, error) {
-	first, err := readTLS(cert, key, ca)
-	if err != nil {
-		return nil, err
-	}
-	r := &tlsReloader{cert: cert, key: key, ca: ca, current: first, stamp: stampOf(cert, key, ca)}
-	return &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: r.get}, nil
-}
-
 func readTLS(cert, key, ca string) (*tls.Config, error) {
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {

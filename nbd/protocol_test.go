@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -229,15 +230,16 @@ func TestTLSVersions(t *testing.T) {
 }
 
 // TestRenewedCertificate replaces the files: the next handshake has the new
-// ones, and a broken file leaves the old ones.
+// ones, and a broken file leaves the old ones, which is logged once.
 func TestRenewedCertificate(t *testing.T) {
 	dir, newer := certificates(t), certificates(t)
 	file := func(name string) string { return filepath.Join(dir, name) }
-	srv, err := nbd.LoadTLS(file("server-cert.pem"), file("server-key.pem"), "")
+	var log bytes.Buffer // written under the lock of files
+	files, err := nbd.OpenTLS(file("server-cert.pem"), file("server-key.pem"), "", slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := serve(t, one(), nbd.Config{TLS: srv})
+	addr := serve(t, one(), nbd.Config{TLS: files.Config()})
 	seen := func() string {
 		var raw []byte
 		cfg := &tls.Config{InsecureSkipVerify: true, VerifyPeerCertificate: func(certs [][]byte, _ [][]*x509.Certificate) error { //nolint:gosec // a test looks at what it is shown
@@ -255,8 +257,21 @@ func TestRenewedCertificate(t *testing.T) {
 	if err := os.WriteFile(file("server-cert.pem"), []byte("half a file"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if seen() != first {
-		t.Error("a broken file was taken")
+	for range 3 {
+		if seen() != first {
+			t.Error("a broken file was taken")
+		}
+	}
+	leaf, err := x509.ParseCertificate([]byte(first))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if until, broken := files.State(); broken == nil || !until.Equal(leaf.NotAfter) {
+		t.Errorf("it is said to be %v, valid until %v, want %v", broken, until, leaf.NotAfter)
+	}
+	const stays = "the certificate of before stays in use"
+	if text := log.String(); strings.Count(text, stays) != 1 || !strings.Contains(text, "valid_until="+leaf.NotAfter.Format("2006-01-02")) {
+		t.Errorf("three handshakes with a broken file are to be logged once: %q", text)
 	}
 	for _, name := range []string{"server-key.pem", "server-cert.pem"} {
 		b, err := os.ReadFile(filepath.Join(newer, name))
@@ -269,6 +284,22 @@ func TestRenewedCertificate(t *testing.T) {
 	}
 	if seen() == first {
 		t.Error("the renewed certificate is not used")
+	}
+	if _, broken := files.State(); broken != nil || strings.Count(log.String(), "is in use") != 1 {
+		t.Errorf("after the renewal: %v, %q", broken, log.String())
+	}
+	// Each change that does not load is told of.
+	for _, text := range []string{"another half", "nothing"} {
+		if err := os.WriteFile(file("server-key.pem"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		seen()
+	}
+	if _, broken := files.State(); broken == nil {
+		t.Error("a key that is nothing is said to be in use")
+	}
+	if n := strings.Count(log.String(), stays); n != 3 {
+		t.Errorf("three changes were logged %d times: %q", n, log.String())
 	}
 }
 

@@ -66,6 +66,10 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		return exitUsage
 	}
 	if check {
+		if err := daemon.CheckFiles(cfg); err != nil {
+			fmt.Fprintf(errOut, "blockstepd: %v\n", err)
+			return exitUsage
+		}
 		fmt.Fprintf(out, "%s is valid: node %s of cluster %s, %d nodes\n", cfg.File, cfg.Node, cfg.Cluster, len(cfg.Nodes))
 		return exitDone
 	}

@@ -112,7 +112,7 @@ func Keys() []KeyInfo {
 // DaemonFlags adds all flags of blockstepd to fs: what it does, and Flags.
 func DaemonFlags(fs *pflag.FlagSet) {
 	fs.String("config", "", "configuration file (default: "+EnvFile+", else "+DefaultFile+")")
-	fs.Bool("check-config", false, "check the configuration and end")
+	fs.Bool("check-config", false, "check the configuration and the TLS files that it names, and end")
 	fs.Bool("version", false, "print the version and end")
 	Flags(fs)
 }

@@ -60,6 +60,7 @@ type Daemon struct {
 	alive    *replication.AliveClock
 	pulse    *replication.Pulse
 	nbd      *nbd.Server
+	tls      *nbd.TLSFiles // nil without a certificate
 	attach   *attach.Manager
 	attached atomic.Pointer[attach.Manager] // attach, for those that may ask before it is open
 	stopping chan struct{}                  // closed when the daemon begins to stop

@@ -32,6 +32,9 @@ const (
 	rttWarn    = 10 * time.Millisecond  // each write waits for one
 	clockWarn  = 500 * time.Millisecond // events of several nodes would be out of order
 	filesWarn  = 4096                   // open files: connections, segments
+	// certWarn is how long before its end a certificate is to be renewed: those
+	// that are renewed by machines are so weeks before.
+	certWarn = 14 * 24 * time.Hour
 )
 
 // doctorReport is what a node found at itself, and what is compared.
@@ -59,6 +62,10 @@ func (d *Daemon) serveDoctor(context.Context, ident.Node, struct{}) (doctorRepor
 	e := &exam{node: string(d.self)}
 	e.host()
 	e.disk(d.fs, d.cfg.DataDir)
+	if d.tls != nil {
+		until, broken := d.tls.State()
+		e.certificate(until, broken, time.Now())
+	}
 	d.examLinks(e)
 	return doctorReport{Findings: e.list, Version: version.String(), Shared: d.live.Load().Shared(), Clock: time.Now()}, nil
 }
@@ -116,6 +123,27 @@ func (e *exam) disk(fs vfs.FS, dir string) {
 		e.add("fsync", control.FindingWarn, "each FLUSH waits for it: use a faster disk, or find out who else uses this one", "%v in %s", took, dir)
 	default:
 		e.add("fsync", control.FindingOK, "", "%v in %s", took, dir)
+	}
+}
+
+// certificate looks at what NBD clients are shown: until when it is valid, and why
+// the files hold another one by now that does not load.
+func (e *exam) certificate(until time.Time, broken error, now time.Time) {
+	const check, renew = "NBD certificate", "renew the files of nbd.tls: they are read again at the next handshake"
+	end := "valid until " + until.UTC().Format(time.DateTime) + " UTC"
+	ended := !now.Before(until)
+	if ended {
+		end = "it has ended, at " + until.UTC().Format(time.DateTime) + " UTC: clients that check it are not served"
+	}
+	switch {
+	case broken != nil:
+		e.add(check, control.FindingBad, "correct the files of nbd.tls before the daemon is started the next time; blockstepd --check-config says whether they are right", "the files have changed and do not load, and the certificate of before stays in use: %v; %s", broken, end)
+	case ended:
+		e.add(check, control.FindingBad, renew, "%s", end)
+	case until.Sub(now) < certWarn:
+		e.add(check, control.FindingWarn, renew, "%s", end)
+	default:
+		e.add(check, control.FindingOK, "", "%s", end)
 	}
 }
 

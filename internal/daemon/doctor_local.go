@@ -41,6 +41,13 @@ func ExamineHost(ctx context.Context, file string, down error) []control.Finding
 		return e.list
 	}
 	e.add("configuration", control.FindingOK, "", "%s is valid: node %s of cluster %s", cfg.File, cfg.Node, cfg.Cluster)
+	switch files, err := openTLS(cfg, nil); {
+	case err != nil:
+		e.add("NBD certificate", control.FindingBad, "", "%v", err)
+	case files != nil:
+		until, _ := files.State()
+		e.certificate(until, nil, time.Now())
+	}
 	e.host()
 	e.dataDir(cfg)
 	e.port(cfg)

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -40,6 +41,27 @@ func Inherited() ([]Socket, error) {
 	return out, nil
 }
 
+// openTLS reads the certificate that NBD clients are shown; nil when there is to
+// be none.
+func openTLS(cfg *config.Config, log *slog.Logger) (*nbd.TLSFiles, error) {
+	t := cfg.NBD.TLS
+	if !t.Enabled() {
+		return nil, nil
+	}
+	files, err := nbd.OpenTLS(t.Cert, t.Key, t.CA, log)
+	if err != nil {
+		return nil, fmt.Errorf("nbd.tls: %w; check the files that %s names", err, cfg.File)
+	}
+	return files, nil
+}
+
+// CheckFiles looks at the files that a configuration names and that have to be
+// right before the daemon starts.
+func CheckFiles(cfg *config.Config) error {
+	_, err := openTLS(cfg, nil)
+	return err
+}
+
 // openNBD serves the exports on the configured addresses, and on the sockets
 // that systemd passes.
 func (d *Daemon) openNBD() error {
@@ -51,13 +73,13 @@ func (d *Daemon) openNBD() error {
 			Handshake: d.cfg.NBD.HandshakeTimeout, Idle: d.cfg.NBD.IdleTimeout, Stall: d.cfg.NBD.StallTimeout,
 		},
 	}
-	if t := d.cfg.NBD.TLS; t.Enabled() {
-		var err error
-		if c.TLS, err = nbd.LoadTLS(t.Cert, t.Key, t.CA); err != nil {
-			return fmt.Errorf("nbd.tls: %w; check the files that %s names", err, d.cfg.File)
-		}
+	files, err := openTLS(d.cfg, d.log)
+	if err != nil {
+		return err
 	}
-	var err error
+	if d.tls = files; files != nil {
+		c.TLS = files.Config()
+	}
 	if d.nbd, err = nbd.NewServer(c); err != nil {
 		return err
 	}
