@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/daemon"
 )
 
 func (a *app) volumeCmd() *cobra.Command {
@@ -25,6 +27,14 @@ func parseSize(s string) (int64, error) {
 		return 0, control.Errorf(control.CodeUsage, "", "%v", err)
 	}
 	return n, nil
+}
+
+// parseVolumeSize is parseSize of a whole volume.
+func parseVolumeSize(s string) (int64, error) {
+	if _, err := config.ParseSize(s); errors.Is(err, config.ErrSizeRange) {
+		return 0, control.Errorf(control.CodeUsage, "a volume has at most "+config.FormatSize(daemon.VolumeSizeMax), "%v", err)
+	}
+	return parseSize(s)
 }
 
 func (a *app) volumeCreateCmd() *cobra.Command {
@@ -61,7 +71,7 @@ Ack says what the answer to a write waits for:
 		if err := nodeNamesOf(cmd, "replicas", r.Replicas...); err != nil {
 			return err
 		}
-		if r.Size, err = parseSize(size); err != nil {
+		if r.Size, err = parseVolumeSize(size); err != nil {
 			return err
 		}
 		if r.Devices, err = parseDevices(devices); err != nil {
@@ -146,9 +156,9 @@ func (a *app) volumeDeleteCmd() *cobra.Command {
 func (a *app) volumeResizeCmd() *cobra.Command {
 	return &cobra.Command{
 		Use: "resize NAME SIZE", Short: "Make a volume larger, online", Args: named("volume", 2, 2),
-		Long: "Makes a volume larger on all its replicas. NBD clients see the new size when they\nconnect again. A volume cannot be made smaller.",
+		Long: "Makes a volume larger on all its replicas. SIZE is what it has then, not what is\nadded. NBD clients see the new size when they connect again. A volume cannot be\nmade smaller.",
 		RunE: a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
-			n, err := parseSize(args[1])
+			n, err := parseVolumeSize(args[1])
 			if err != nil {
 				return err
 			}

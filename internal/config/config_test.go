@@ -149,6 +149,8 @@ func TestErrors(t *testing.T) {
 		{"bad node name", replace("beta:", "be@ta:"), `FILE:6: nodes.be@ta: node name "be@ta" is not valid; allowed are letters, digits, dot, dash and underscore, 1 to 63 of them, the first a letter or digit`},
 		{"bad witness", replace("witness: true", "witness: maybe"), `FILE:7: nodes.gamma.witness: "maybe" is neither true nor false; allowed are true and false`},
 		{"bad size", good + "volume: {log_retention: 12 parsecs}\n", `FILE:12: volume.log_retention: size "12 parsecs" is not a number of bytes; write it like 1073741824, 512MiB, 10GiB or 2TiB`},
+		{"size beyond all", good + "volume: {log_retention: 8EiB}\n", `FILE:12: volume.log_retention: 8EiB is out of range; allowed are 1MiB to 16TiB`},
+		{"size with a sign", good + "volume: {log_retention: +1GiB}\n", `FILE:12: volume.log_retention: size "+1GiB" has a sign, and sizes are absolute: write the whole size, like 10GiB`},
 		{"size out of range", good + "volume: {log_retention: 4KiB}\n", `FILE:12: volume.log_retention: 4KiB is out of range; allowed are 1MiB to 16TiB`},
 		{"bad duration", good + "volume: {power_loss_grace: soon}\n", `FILE:12: volume.power_loss_grace: "soon" is not a duration; allowed are 0s to 24h0m0s, written like 300ms, 2s or 1m30s`},
 		{"short election", good + "raft: {heartbeat: 5s, election: 20ms}\n", `FILE:12: raft.election: 20ms is less than raft.heartbeat, 5s; raise raft.election, or lower raft.heartbeat`},
@@ -271,6 +273,7 @@ func TestParseSize(t *testing.T) {
 		"0": 0, "512": 512, "4096B": 4096, "512MiB": 512 << 20, "10GiB": 10 << 30, "10G": 10 << 30,
 		"1.5GiB": 3 << 29, "2 TiB": 2 << 40, "64k": 64 << 10, "7eib": 7 << 60, "": -1, "GiB": -1, "-1": -1,
 		"1e3": -1, "0x10": -1, "inf": -1, "NaN": -1, "9999999TiB": -1, "1.0000001B": -1, "10GB": -1,
+		"+1GiB": -1, "+512": -1, " -1GiB": -1, "-0": -1, "1.5e3": -1, "8EiB": -1, "8.5EiB": -1, "+1.5GiB": -1,
 	} {
 		got, err := ParseSize(s)
 		if (err != nil) != (want < 0) || (err == nil && got != want) {

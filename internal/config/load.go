@@ -262,12 +262,16 @@ func (l *loader) overridden(name string) bool {
 func (l *loader) size(name string) int64 {
 	k, _ := lookup(name)
 	n, err := ParseSize(l.str(name))
-	if err != nil {
+	beyond := errors.Is(err, ErrSizeRange)
+	if err != nil && !beyond {
 		l.fail(name, err.Error(), "")
 		return 0
 	}
-	if n < k.min || n > k.max {
+	if beyond || n < k.min || n > k.max {
 		next := "allowed are " + FormatSize(k.min) + " and more"
+		if beyond {
+			next = "allowed are " + FormatSize(k.min) + " to less than 8EiB"
+		}
 		if k.max != unbounded {
 			next = fmt.Sprintf("allowed are %s to %s", FormatSize(k.min), FormatSize(k.max))
 		}

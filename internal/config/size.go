@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -30,11 +31,18 @@ var unitBytes = []struct {
 	{"", 1},
 }
 
+// ErrSizeRange is returned, wrapped, of a size that 63 bits do not hold. Whoever
+// asked for one knows what is allowed.
+var ErrSizeRange = errors.New("is out of range")
+
 // ParseSize reads a size in bytes: 1048576, 512MiB, 10GiB, 1.5T (units are
-// powers of 1024). It is an error when the size is negative, no whole number of
-// bytes, or beyond 8 EiB.
+// powers of 1024). It is an error when the size has a sign, is no whole number of
+// bytes, or 8 EiB and more.
 func ParseSize(s string) (int64, error) {
 	t := strings.TrimSpace(s)
+	if strings.HasPrefix(t, "+") || strings.HasPrefix(t, "-") {
+		return 0, fmt.Errorf("size %q has a sign, and sizes are absolute: write the whole size, like 10GiB", s)
+	}
 	for _, u := range unitBytes {
 		num, found := cutSuffixFold(t, u.suffix)
 		if !found {
@@ -42,17 +50,23 @@ func ParseSize(s string) (int64, error) {
 		}
 		num = strings.TrimSpace(num)
 		if n, err := strconv.ParseInt(num, 10, 64); err == nil {
-			if n < 0 || n > math.MaxInt64/u.bytes {
-				return 0, fmt.Errorf("size %q is out of range; allowed are 0 to 8EiB", s)
+			if n > math.MaxInt64/u.bytes {
+				return 0, fmt.Errorf("size %q %w", s, ErrSizeRange)
 			}
 			return n * u.bytes, nil
 		}
 		f, err := strconv.ParseFloat(num, 64)
-		if err != nil || strings.ContainsAny(num, "eExXnNiI_") {
+		if errors.Is(err, strconv.ErrRange) && digits(num) {
+			return 0, fmt.Errorf("size %q %w", s, ErrSizeRange)
+		}
+		if err != nil || strings.ContainsAny(num, "+-eExXnNiI_") {
 			break
 		}
 		b := f * float64(u.bytes)
-		if b < 0 || b >= math.MaxInt64 || b != math.Trunc(b) {
+		if b >= math.MaxInt64 {
+			return 0, fmt.Errorf("size %q %w", s, ErrSizeRange)
+		}
+		if b != math.Trunc(b) {
 			break
 		}
 		return int64(b), nil

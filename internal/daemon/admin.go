@@ -235,13 +235,16 @@ func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (cont
 	return b.awaitServing(ctx, res.Volume, cmd)
 }
 
+// VolumeSizeMax is how many bytes a volume has at most.
+const VolumeSizeMax int64 = state.SizeMax
+
 // checkSize says what is wrong with a size; the cluster state would refuse it too.
 func checkSize(n int64) error {
 	switch {
 	case n <= 0:
 		return control.Errorf(control.CodeUsage, "write it like 10GiB", "a volume needs a size")
-	case n > state.SizeMax:
-		return control.Errorf(control.CodeUsage, "make several", "%s is too large: a volume has at most %s", config.FormatSize(n), config.FormatSize(state.SizeMax))
+	case n > VolumeSizeMax:
+		return control.Errorf(control.CodeUsage, "make several", "%s is too large: a volume has at most %s", config.FormatSize(n), config.FormatSize(VolumeSizeMax))
 	case n%state.SizeMultiple != 0:
 		return control.Errorf(control.CodeUsage, fmt.Sprintf("the next one is %d", n-n%state.SizeMultiple+state.SizeMultiple), "%d bytes are no multiple of %d", n, state.SizeMultiple)
 	}
