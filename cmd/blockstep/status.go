@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -61,8 +62,8 @@ suspended (nobody serves: I/O is held and goes on by itself, it does not fail).`
 
 // watch shows anew until ctx ends. On a terminal each frame is drawn over the
 // last one, so that nothing flickers; elsewhere frames follow one another. A
-// daemon that is not reachable for a while is shown as such, since that is when
-// one watches.
+// daemon that is not reachable, or cannot answer, for a while is shown as such,
+// since that is when one watches.
 func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
@@ -74,7 +75,7 @@ func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 			return nil
 		}
 		if err != nil {
-			if c := exitCode(&runError{err}); c != exitUnreachable && c != exitTimeout {
+			if !passes(err) {
 				return err
 			}
 			if a.json {
@@ -94,6 +95,16 @@ func (a *app) watch(ctx context.Context, show func(w io.Writer) error) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// passes reports whether an error may be gone at the next look: there is no
+// daemon, or one that has just started and does not know its cluster yet.
+func passes(err error) bool {
+	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.CodeFailed {
+		return true
+	}
+	c := exitCode(&runError{err})
+	return c == exitUnreachable || c == exitTimeout
 }
 
 // draw writes one frame of a live screen: home, each line cleared to its end,
