@@ -30,7 +30,7 @@ func (a *app) followCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "follow VOLUME --start COMMAND --stop COMMAND", Short: "Run a command when this node becomes primary, and another when it no longer is",
 		Args: named("volume", 1, 1),
-		Long: "Runs until it is interrupted. The commands are run by sh; one that fails is run\nagain. blockstep-follow@VOLUME.service uses it for blockstep-primary@VOLUME.target.",
+		Long: "Runs until it is interrupted. The commands are run by sh; one that fails is run\nagain. A volume that does not exist is said once, and waited for. blockstep-follow@VOLUME.service uses it for blockstep-primary@VOLUME.target.",
 	}
 	cmd.Flags().StringVar(&start, "start", "", "run when this node is primary (required)")
 	cmd.Flags().StringVar(&stop, "stop", "", "run when it is not (required)")
@@ -51,13 +51,21 @@ func (a *app) follow(ctx context.Context, c *control.Client, volume, start, stop
 	wg.Go(func() { runNews(ctx, c, volume, news) })
 	defer wg.Wait()
 	defer cancel()
-	acted, is, self := "", false, ""
+	acted, is, self, told := "", false, "", false
 	seen := time.Now()
 	for {
 		pause := followEvery
-		if primary, err := primaryHere(ctx, c, volume, &self); err == nil {
-			is, seen = primary, time.Now()
-		} else {
+		primary, err := primaryHere(ctx, c, volume, &self)
+		missing := (*control.Error)(nil)
+		switch {
+		case errors.As(err, &missing) && missing.Code == control.CodeNotFound:
+			if !told { // it may come later, and the name may be mistyped
+				fmt.Fprintf(a.err, "blockstep: %v; waiting for it\n", missing)
+			}
+			is, told, seen = false, true, time.Now()
+		case err == nil:
+			is, told, seen = primary, false, time.Now()
+		default:
 			pause = followAgain
 			if time.Since(seen) > followBlind {
 				is = false
@@ -127,9 +135,6 @@ func primaryHere(ctx context.Context, c *control.Client, volume string, self *st
 		*self = s.Node
 	}
 	v, err := c.VolumeStatus(ctx, volume)
-	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.CodeNotFound {
-		return false, nil
-	}
 	if err != nil {
 		return false, err
 	}
