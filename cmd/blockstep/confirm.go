@@ -72,6 +72,36 @@ func aboutVolume(ctx context.Context, c *control.Client, name string) string {
 	return s
 }
 
+// clientsShown is how many of a node's clients are named.
+const clientsShown = 4
+
+// aboutClients says who uses a volume at the moment.
+func aboutClients(ctx context.Context, c *control.Client, name string) string {
+	list, err := c.VolumeClients(ctx, name)
+	if err != nil {
+		return fmt.Sprintf("(who uses it now cannot be shown: %v)", err)
+	}
+	all, lines := 0, ""
+	for _, n := range list {
+		all += len(n.Clients)
+		switch who := n.Clients; {
+		case n.Error != "":
+			lines += fmt.Sprintf("\n  through %s: not known, %s", n.Node, n.Error)
+		case len(who) > clientsShown:
+			lines += fmt.Sprintf("\n  through %s: %d (%s and %d more)", n.Node, len(who), strings.Join(who[:clientsShown], ", "), len(who)-clientsShown)
+		case len(who) > 0:
+			lines += fmt.Sprintf("\n  through %s: %d (%s)", n.Node, len(who), strings.Join(who, ", "))
+		}
+	}
+	switch all {
+	case 0:
+		return "no NBD client is connected to it" + lines
+	case 1:
+		return "1 NBD connection to it is open:" + lines
+	}
+	return fmt.Sprintf("%d NBD connections to it are open:", all) + lines
+}
+
 // aboutNode says what is on a node, for somebody who is about to take it out.
 func aboutNode(ctx context.Context, c *control.Client, node string) string {
 	vols, err := c.Volumes(ctx)

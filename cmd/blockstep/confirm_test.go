@@ -24,6 +24,9 @@ func TestDestroyingIsConfirmed(t *testing.T) {
 	h.HandleFunc("GET /v1/volumes/{name}", func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = w.Write([]byte(`{"volume":"db","size":1073741824,"health":"healthy","primary":"beta","replicas":[{"node":"alpha","state":"InSync","position":"3:9"}]}`))
 	})
+	h.HandleFunc("GET /v1/volumes/{name}/clients", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`[{"node":"alpha","clients":["10.0.0.9:4711","unix:pid=7,uid=0"]},{"node":"beta","clients":[]},{"node":"gamma","clients":[],"error":"it gives no answer: x"},{"node":"delta","clients":["a:1","a:2","a:3","a:4","a:5"]}]`))
+	})
 	h.HandleFunc("DELETE /v1/volumes/{name}", func(w http.ResponseWriter, r *http.Request) {
 		deleted = append(deleted, r.PathValue("name"))
 		_, _ = w.Write([]byte(`{}`))
@@ -58,7 +61,9 @@ func TestDestroyingIsConfirmed(t *testing.T) {
 				t.Errorf("exit code %d, deleted %v: %s", code, deleted, errOut.String())
 			}
 			asked := strings.Contains(errOut.String(), "Type db to go on")
-			shown := strings.Contains(errOut.String(), "db: 1GiB, healthy, primary beta; replicas:\n  alpha InSync at 3:9\n")
+			shown := strings.Contains(errOut.String(), "db: 1GiB, healthy, primary beta; replicas:\n  alpha InSync at 3:9\n"+
+				"7 NBD connections to it are open:\n  through alpha: 2 (10.0.0.9:4711, unix:pid=7,uid=0)\n"+
+				"  through gamma: not known, it gives no answer: x\n  through delta: 5 (a:1, a:2, a:3, a:4 and 1 more)\nThis deletes it")
 			if want := tc.terminal && tc.args == nil; asked != want || shown != want {
 				t.Errorf("asked: %v, shown: %v: %s", asked, shown, errOut.String())
 			}

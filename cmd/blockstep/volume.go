@@ -136,12 +136,12 @@ func (a *app) volumeDeleteCmd() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete NAME", Short: "Delete a volume and the content of all its replicas", Args: named("volume", 1, 1),
-		Long: "Deletes a volume: its content is gone on every node. On a terminal it shows what\nthat is and wants the volume's name typed, unless --yes is given. A volume that is\nattached to a kernel device is not deleted.",
+		Long: "Deletes a volume: its content is gone on every node. On a terminal it shows what\nthat is and who is connected to it, and wants the volume's name typed, unless --yes\nis given. NBD clients do not keep it from that. A volume that is\nattached to a kernel device is not deleted.",
 	}
 	cmd.Flags().BoolVar(&yes, "yes", false, yesHelp)
 	sure := func(ctx context.Context, c *control.Client, args []string) error {
 		return a.confirm(ctx, yes, args[0], func() string {
-			return aboutVolume(ctx, c, args[0]) + "\nThis deletes it and its content on every node."
+			return aboutVolume(ctx, c, args[0]) + "\n" + aboutClients(ctx, c, args[0]) + "\nThis deletes it and its content on every node."
 		})
 	}
 	cmd.RunE = a.askAfter(changeTimeout, sure, func(ctx context.Context, c *control.Client, args []string) error {

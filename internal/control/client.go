@@ -206,6 +206,11 @@ func (c *Client) VolumeStatus(ctx context.Context, volume string) (out VolumeSta
 	return out, c.do(ctx, http.MethodGet, volumePath(volume, ""), nil, &out)
 }
 
+// VolumeClients asks who uses a volume, through which node.
+func (c *Client) VolumeClients(ctx context.Context, volume string) (out []VolumeClients, err error) {
+	return out, c.do(ctx, http.MethodGet, volumePath(volume, "clients"), nil, &out)
+}
+
 // CreateVolume returns when the volume serves.
 func (c *Client) CreateVolume(ctx context.Context, r CreateVolume) (out VolumeStatus, err error) {
 	return out, c.do(ctx, http.MethodPost, "/v1/volumes", r, &out)

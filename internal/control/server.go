@@ -20,6 +20,8 @@ type Backend interface {
 	Status(ctx context.Context) (ClusterStatus, error)
 	Volumes(ctx context.Context) ([]VolumeStatus, error)
 	VolumeStatus(ctx context.Context, volume string) (VolumeStatus, error)
+	// VolumeClients asks every node.
+	VolumeClients(ctx context.Context, volume string) ([]VolumeClients, error)
 	CreateVolume(ctx context.Context, r CreateVolume) (VolumeStatus, error)
 	DeleteVolume(ctx context.Context, volume string) error
 	ResizeVolume(ctx context.Context, volume string, r Resize) (VolumeStatus, error)
@@ -57,6 +59,9 @@ func Handler(b Backend, logger *slog.Logger, readOnly bool) http.Handler {
 	get(mux, "GET /v1/volumes", func(r *http.Request) (any, error) { return b.Volumes(r.Context()) })
 	get(mux, "GET /v1/volumes/{name}", func(r *http.Request) (any, error) {
 		return b.VolumeStatus(r.Context(), r.PathValue("name"))
+	})
+	get(mux, "GET /v1/volumes/{name}/clients", func(r *http.Request) (any, error) {
+		return b.VolumeClients(r.Context(), r.PathValue("name"))
 	})
 	get(mux, "GET /v1/nodes", func(r *http.Request) (any, error) { return b.Nodes(r.Context()) })
 	get(mux, "GET /v1/doctor", func(r *http.Request) (any, error) { return b.Doctor(r.Context()) })

@@ -73,6 +73,13 @@ type VolumeStatus struct {
 	Generation uint64          `json:"cache_generation"`
 }
 
+// VolumeClients is who uses a volume through one node now.
+type VolumeClients struct {
+	Node    string   `json:"node"`
+	Clients []string `json:"clients"`         // each NBD connection's other end: HOST:PORT, or unix:pid=PID,uid=UID
+	Error   string   `json:"error,omitempty"` // why the node does not tell
+}
+
 // NodeStatus is one node of the cluster.
 type NodeStatus struct {
 	Name    string `json:"name"`

@@ -21,6 +21,7 @@ func (d *Daemon) addCalls() {
 	handle(d.rpcd, "/node/v1/readmit", d.serveReadmit)
 	handle(d.rpcd, "/node/v1/operate", d.serveOperate)
 	handle(d.rpcd, "/node/v1/volume", d.serveReportOf)
+	handle(d.rpcd, "/node/v1/clients", d.serveClients)
 	handle(d.rpcd, "/node/v1/member", d.serveMember)
 	handle(d.rpcd, "/node/v1/pause", d.servePause)
 	handle(d.rpcd, "/node/v1/doubt", d.serveDoubt)

@@ -3,6 +3,8 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -54,4 +56,43 @@ func TestAnExportIsNotOlderThanTheStart(t *testing.T) {
 	})
 	close(d.current)
 	<-done
+}
+
+// TestClientsOfAVolume: who uses a volume is known of every node, also of one that
+// does not answer, and those of another volume are not among them.
+func TestClientsOfAVolume(t *testing.T) {
+	nodes := newCluster(t, "", "gamma")
+	alpha := nodes["alpha"]
+	alpha.create("db", 16<<20)
+	alpha.create("db2", 16<<20)
+	nodes["gamma"].open("db")
+	nodes["gamma"].open("db@alpha")
+	alpha.open("db2")
+	is := func(want string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			list, err := alpha.client.VolumeClients(ctx, "db")
+			if err != nil {
+				return err
+			}
+			got := ""
+			for _, n := range list {
+				got += fmt.Sprintf("%s %d %v ", n.Node, len(n.Clients), n.Error != "")
+				for _, c := range n.Clients {
+					if !strings.HasPrefix(c, "unix:pid=") {
+						got += c + " "
+					}
+				}
+			}
+			if got != want {
+				return fmt.Errorf("%q, want %q", got, want)
+			}
+			return nil
+		}
+	}
+	alpha.eventually(10*time.Second, "the witness's two clients", is("alpha 0 false beta 0 false gamma 2 false "))
+	nodes["gamma"].halt()
+	alpha.eventually(10*time.Second, "a node that is down", is("alpha 0 false beta 0 false gamma 0 true "))
+	if _, err := alpha.client.VolumeClients(t.Context(), "nosuch"); err == nil {
+		t.Error("a volume that is not there has clients")
+	}
 }

@@ -1,0 +1,65 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+)
+
+// clientsAnswer is who uses a volume through one node: each NBD connection's
+// other end.
+type clientsAnswer struct {
+	Clients []string `json:"clients"`
+}
+
+func (d *Daemon) serveClients(_ context.Context, _ ident.Node, c volumeCall) (clientsAnswer, error) {
+	out := clientsAnswer{Clients: []string{}}
+	sv := d.state().Volumes[c.Volume]
+	if sv == nil {
+		return out, nil
+	}
+	for _, o := range d.nbd.Clients() {
+		// Who reads one replica, VOLUME@NODE, is a client too.
+		if name, _, _ := strings.Cut(o.Export, "@"); name == sv.Name {
+			out.Clients = append(out.Clients, o.Remote)
+		}
+	}
+	slices.Sort(out.Clients)
+	return out, nil
+}
+
+// VolumeClients implements control.Backend. It is no part of a volume's status,
+// which asks only the nodes that have a replica.
+func (b backend) VolumeClients(ctx context.Context, name string) ([]control.VolumeClients, error) {
+	sv, err := b.find(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	names := b.d.state().NodeNames()
+	out := make([]control.VolumeClients, len(names))
+	var wg sync.WaitGroup
+	for i, n := range names {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, askNode)
+			defer cancel()
+			var a clientsAnswer
+			var err error
+			if n == b.d.self {
+				a, err = b.d.serveClients(ctx, n, volumeCall{sv.ID})
+			} else {
+				err = b.d.rpc.call(ctx, n, "/node/v1/clients", volumeCall{sv.ID}, &a)
+			}
+			out[i] = control.VolumeClients{Node: string(n), Clients: a.Clients}
+			if err != nil {
+				out[i].Clients, out[i].Error = []string{}, fmt.Sprintf("it gives no answer: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	return out, nil
+}
