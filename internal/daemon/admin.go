@@ -337,7 +337,7 @@ func (b backend) DeleteVolume(ctx context.Context, name string) error {
 	if err := b.refuseAttached(ctx, sv); err != nil {
 		return err
 	}
-	_, err = b.d.applyWhole(ctx, state.Command{DeleteVolume: &state.DeleteVolume{Volume: sv.ID}})
+	err = b.d.applyTo(ctx, sv, state.Command{DeleteVolume: &state.DeleteVolume{Volume: sv.ID}})
 	if err == nil {
 		b.d.awaitEverywhere(ctx, sv.ID, func(r volumeReport) bool { return (r.View.ID == 0 || r.View.Deleted) && !r.Kept })
 	}
@@ -408,12 +408,12 @@ func (b backend) ResizeVolume(ctx context.Context, name string, r control.Resize
 	}
 	cmd := state.Command{ResizeVolume: &state.ResizeVolume{Volume: sv.ID, Size: uint64(r.Size)}}
 	if _, res := b.d.state().Apply(cmd); !res.OK {
-		return control.VolumeStatus{}, refusal(res.Err()) // before any replica grows
+		return control.VolumeStatus{}, b.d.refusal(res.Err()) // before any replica grows
 	}
 	if err := b.d.growReplicas(ctx, sv, uint64(r.Size)); err != nil {
 		return control.VolumeStatus{}, err
 	}
-	if _, err := b.d.applyWhole(ctx, cmd); err != nil {
+	if err := b.d.applyTo(ctx, sv, cmd); err != nil {
 		return control.VolumeStatus{}, err
 	}
 	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool { return v.View.Size >= uint64(r.Size) })
@@ -431,7 +431,7 @@ func (b backend) SetOptions(ctx context.Context, name string, r control.SetOptio
 	if r == (control.SetOptions{}) {
 		return control.VolumeStatus{}, control.Errorf(control.CodeUsage, "see blockstep volume set --help", "there is nothing to set")
 	}
-	if _, err := b.d.applyWhole(ctx, state.Command{SetOptions: &state.SetOptions{
+	if err := b.d.applyTo(ctx, sv, state.Command{SetOptions: &state.SetOptions{
 		Volume: sv.ID, MinCopies: r.MinCopies, ResyncRateMax: r.ResyncRateMax, ResyncRateMin: r.ResyncRateMin,
 	}}); err != nil {
 		return control.VolumeStatus{}, err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
@@ -182,16 +183,27 @@ func (d *Daemon) until(ctx context.Context, holds func(*state.State) bool) bool 
 	return true
 }
 
-// applyWhole is apply for the admin API: a refusal is an error, with its rule.
+// applyWhole is apply for the admin API: a refusal is an error. Its rule is for
+// the log.
 func (d *Daemon) applyWhole(ctx context.Context, c state.Command) (state.Result, error) {
 	res, err := d.apply(ctx, c)
 	if err != nil {
 		return res, d.explain(err)
 	}
 	if err := res.Err(); err != nil {
-		return res, refusal(err)
+		return res, d.refusal(err)
 	}
 	return res, nil
+}
+
+// applyTo is applyWhole for a command about a volume, which may have been deleted
+// since its name was looked up. The cluster state knows it by its id alone.
+func (d *Daemon) applyTo(ctx context.Context, sv *state.Volume, c state.Command) error {
+	_, err := d.applyWhole(ctx, c)
+	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.CodeNotFound {
+		return control.Errorf(control.CodeNotFound, "", "the volume %q was deleted meanwhile", sv.Name)
+	}
+	return err
 }
 
 // explain words an error of the cluster layer for the operator.
@@ -214,7 +226,7 @@ func noLeader() error {
 }
 
 // refusal turns a refused command into an error for the operator.
-func refusal(err error) error {
+func (d *Daemon) refusal(err error) error {
 	var r *state.Refusal
 	if !errors.As(err, &r) {
 		return err
@@ -227,7 +239,18 @@ func refusal(err error) error {
 		code = control.CodeUsage
 	default:
 	}
-	return control.Errorf(code, "", "%v", err)
+	return control.Errorf(code, "", "%s", d.plain(err))
+}
+
+// plain is an error as an operator reads it: the rule of a refusal, which says
+// nothing to them, goes to the log.
+func (d *Daemon) plain(err error) string {
+	var r *state.Refusal
+	if !errors.As(err, &r) {
+		return err.Error()
+	}
+	d.log.Info("a change was refused", "rule", r.Rule, "reason", r.Reason)
+	return strings.ReplaceAll(err.Error(), r.Error(), r.Reason)
 }
 
 // clusterOf is replication.Cluster for one volume's driver.

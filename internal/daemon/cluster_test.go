@@ -680,3 +680,27 @@ func TestDrain(t *testing.T) {
 		}
 	}
 }
+
+// TestALostDeleteRace: who deletes a volume that another has just deleted is told
+// so by its name, and without the rule, which is for the log.
+func TestALostDeleteRace(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
+	alpha.create("db", 16<<20)
+	d := alpha.daemon.Load()
+	sv := d.state().Volume("db")
+	if err := alpha.client.DeleteVolume(t.Context(), "db"); err != nil {
+		t.Fatal(err)
+	}
+	var e *control.Error
+	err := d.applyTo(t.Context(), sv, state.Command{DeleteVolume: &state.DeleteVolume{Volume: sv.ID}})
+	if !errors.As(err, &e) || e.Code != control.CodeNotFound || e.Error() != `the volume "db" was deleted meanwhile` {
+		t.Errorf("%v", err)
+	}
+	if !strings.Contains(alpha.log.String(), "rule="+string(state.RuleNoVolume)) {
+		t.Error("the log does not have the rule")
+	}
+	if got := d.plain(fmt.Errorf("changing the nodes: %w", &state.Refusal{Rule: state.RuleNoNode, Reason: "there is no node"})); got != "changing the nodes: there is no node" {
+		t.Errorf("a change of the members is refused with %q", got)
+	}
+}

@@ -180,7 +180,7 @@ func (d *Daemon) checkDevices(ctx context.Context, cmd *state.CreateVolume) erro
 		return nil
 	}
 	if _, res := d.state().Apply(state.Command{CreateVolume: cmd}); !res.OK {
-		return refusal(res.Err()) // it knows whose device it is; a node sees only that it is in use
+		return d.refusal(res.Err()) // it knows whose device it is; a node sees only that it is in use
 	}
 	var mu sync.Mutex
 	var wg sync.WaitGroup

@@ -160,7 +160,7 @@ func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall)
 		reply.Result, err = d.failover.Failover(ctx, c.Volume, c.To, c.Force)
 	}
 	if err != nil {
-		reply.Err = err.Error()
+		reply.Err = d.plain(err)
 		if v := d.state().Volumes[c.Volume]; v != nil && errors.Is(err, raft.ErrTarget) {
 			reply.Next = d.choices(ctx, v, c.To)
 		}
@@ -171,7 +171,7 @@ func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall)
 		reply.Result = state.Result{OK: true, Loss: reply.Result.Loss, Volume: v.ID, Epoch: v.Epoch, SetVersion: v.SetVersion}
 	}
 	if err := reply.Result.Err(); err != nil {
-		reply.Err = err.Error()
+		reply.Err = d.plain(err)
 	}
 	return reply, nil
 }

@@ -97,7 +97,7 @@ func (d *Daemon) serveMember(ctx context.Context, _ ident.Node, c memberCall) (o
 	}
 	var reply operatorReply
 	if err != nil {
-		reply.Err, reply.Again = err.Error(), retryable(err)
+		reply.Err, reply.Again = d.plain(err), retryable(err)
 	}
 	return reply, nil
 }
