@@ -167,3 +167,32 @@ func TestNextWithoutALeader(t *testing.T) {
 		}
 	}
 }
+
+// TestNoDaemonThere: whatever answers at the address and is no blockstepd, a
+// metrics port or an NBD one, is the same to a script: no daemon is reached.
+func TestNoDaemonThere(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Write([]byte("NBDMAGICIHAVEOPT\x00\x03"))
+			defer conn.Close()
+		}
+	}()
+	for _, admin := range []string{fakeDaemon(t, http.NotFoundHandler()), "tcp://" + l.Addr().String()} {
+		for _, verb := range []string{"status", "volume list", "doctor"} {
+			var says bytes.Buffer
+			code := run(t.Context(), append([]string{"--config", "nosuch.yaml", "--admin", admin}, strings.Fields(verb)...), strings.NewReader(""), &bytes.Buffer{}, &says)
+			if code != exitUnreachable || !strings.Contains(says.String(), "no daemon reachable") || !strings.Contains(says.String(), "does not look like blockstepd; check --admin") {
+				t.Errorf("%s at %s: exit code %d: %s", verb, admin, code, says.String())
+			}
+		}
+	}
+}

@@ -115,7 +115,7 @@ func (c *Client) open(ctx context.Context, method, path string, in any) (*http.R
 	defer resp.Body.Close()
 	var e Error
 	if err := json.NewDecoder(io.LimitReader(resp.Body, answerBytesMax)).Decode(&e); err != nil || e.Message == "" {
-		return nil, fmt.Errorf("%s answered %s: it does not look like blockstepd; check --admin", c.address, resp.Status)
+		return nil, fmt.Errorf("%w: %s answered %s: it does not look like blockstepd; check --admin", ErrUnreachable, c.address, resp.Status)
 	}
 	return nil, &e
 }

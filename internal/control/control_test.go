@@ -241,7 +241,7 @@ func TestNotADaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := c.Status(t.Context()); err == nil || !strings.Contains(err.Error(), "does not look like blockstepd") {
+	if _, err := c.Status(t.Context()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "does not look like blockstepd") {
 		t.Errorf("got %v", err)
 	}
 }
