@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
@@ -130,6 +131,7 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	root.SetFlagErrorFunc(flagError)
 	root.SetOut(a.out) // the completion's commands take it when they are made
 	root.SetVersionTemplate("blockstep {{.Version}}\n")
 	group(root)
@@ -161,6 +163,15 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 	}
 	a.addCompletion(root)
 	return root
+}
+
+// flagError words what is wrong with a flag, where the words would be Go's.
+func flagError(_ *cobra.Command, err error) error {
+	var bad *pflag.InvalidValueError
+	if errors.As(err, &bad) && bad.GetFlag().Value.Type() == "duration" {
+		return fmt.Errorf("--%s %q is not a duration: write it like 10s or 5m", bad.GetFlag().Name, bad.GetValue())
+	}
+	return err
 }
 
 // verb makes the RunE of a verb: its error counts as one of the run.

@@ -105,7 +105,7 @@ func (a *app) invalidateCmd() *cobra.Command {
 			return err
 		}
 		return a.print(map[string]string{"volume": args[0], "node": r.Node}, func(w io.Writer) {
-			fmt.Fprintf(w, "the replica of %s on %s is resynced; next: blockstep status %s --watch\n", args[0], r.Node, args[0])
+			fmt.Fprintf(w, "the replica of %s on %s is being resynced; next: blockstep status %s --watch\n", args[0], r.Node, args[0])
 		})
 	})
 	return cmd

@@ -165,6 +165,8 @@ func TestErrors(t *testing.T) {
 		{"bad metrics address", replace("127.0.0.1:9720", "9720"), `FILE:10: metrics.listen: "9720" is not HOST:PORT; write it like 127.0.0.1:9720, or leave it out to have none`},
 		{"two listeners on one address", replace("127.0.0.1:9720", "127.0.0.1:10809"), `FILE:8: nbd.listen: 127.0.0.1:10809 is used by metrics.listen already; give each its own address`},
 		{"tls half set", replace("nbd:   {", "nbd:   {tls: {cert: /a.pem}, "), `FILE:8: nbd.tls: cert and key go together, and one is missing; set both nbd.tls.cert and nbd.tls.key to PEM files, or none`},
+		{"a tab", "cluster: test\n\t# fine\nnodes:\n\talpha: {address: \"10.1.0.1:7700\"}\n", `FILE:4: not valid YAML: the line is indented with a tab; indent it with spaces, as many as its neighbours have`},
+		{"a tab after spaces", "volume:\n  lease: 2s\n  \tack: durable\n", `FILE:3: not valid YAML: the line is indented with a tab; indent it with spaces, as many as its neighbours have`},
 		{"not YAML", "cluster: [", `FILE: not valid YAML: line 1: did not find expected node content; correct the line; see the example in blockstep's documentation`},
 		{"not a map", "- a\n", `FILE: the file is not a list of KEY: VALUE lines; allowed here: admin, attach, boot_id_file, cluster, data_dir, failover, join, log, memory, metrics, nbd, node, nodes, on_removed, raft, resync, volume`},
 	} {

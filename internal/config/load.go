@@ -71,6 +71,18 @@ func AdminDefault() string {
 	return k.def
 }
 
+// tabbed is the first line that is indented with a tab, from 1 on; 0: none. YAML
+// itself tells of some character that cannot start a token, in a line nearby.
+func tabbed(raw []byte) int {
+	for i, line := range strings.Split(string(raw), "\n") {
+		text := strings.TrimLeft(line, " \t")
+		if text != "" && text[0] != '#' && strings.Contains(line[:len(line)-len(text)], "\t") {
+			return i + 1
+		}
+	}
+	return 0
+}
+
 // loader carries what the parts of a load share.
 type loader struct {
 	file string // as named in errors
@@ -89,6 +101,9 @@ func open(file string, fs *pflag.FlagSet) (*loader, error) {
 	l := &loader{file: file, v: viper.New(), fs: fs}
 	var doc yaml.Node
 	if err := yaml.Unmarshal(raw, &doc); err != nil {
+		if n := tabbed(raw); n > 0 {
+			return nil, &Error{Where: fmt.Sprintf("%s:%d", file, n), Problem: "not valid YAML: the line is indented with a tab", Next: "indent it with spaces, as many as its neighbours have"}
+		}
 		return nil, &Error{Where: file, Problem: "not valid YAML: " + strings.TrimPrefix(err.Error(), "yaml: "), Next: "correct the line; see the example in blockstep's documentation"}
 	}
 	if len(doc.Content) > 0 {

@@ -116,6 +116,11 @@ func (b backend) Detach(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()
 	if err := b.d.attach.Detach(ctx, name); err != nil {
+		if errors.Is(err, attach.ErrNotAttached) { // a deleted volume may be attached still
+			if _, missing := b.find(ctx, name); missing != nil {
+				return missing
+			}
+		}
 		return attachError("detaching "+name, err)
 	}
 	b.d.local.add(control.Event{Node: string(b.d.self), Volume: name, Kind: "detached", Text: fmt.Sprintf("%s: %s is detached", b.d.self, name)})
