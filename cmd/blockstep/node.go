@@ -132,7 +132,7 @@ says what to do about that one.`,
 		if err != nil {
 			return err
 		}
-		return a.changed(nodeChanged{args[0], "remove", out.Already}, "is removed")
+		return a.changed(nodeChanged{args[0], "remove", out.Already, out.Warnings}, "is removed")
 	})
 	return cmd
 }
@@ -142,6 +142,8 @@ type nodeChanged struct {
 	Node    string `json:"node"`
 	Done    string `json:"done"` // the verb
 	Already bool   `json:"already,omitempty"`
+
+	Warnings []control.Warning `json:"warnings,omitempty"`
 }
 
 func (a *app) changed(n nodeChanged, done string) error {
@@ -150,6 +152,9 @@ func (a *app) changed(n nodeChanged, done string) error {
 			done += " already"
 		}
 		fmt.Fprintf(w, "node %s %s\n", n.Node, done)
+		for _, warn := range n.Warnings {
+			fmt.Fprintf(w, "warning: %s\n  next: %s\n", warn.Text, warn.Next)
+		}
 	})
 }
 
@@ -179,7 +184,7 @@ func (a *app) nodeChangeCmd(verb, short, long, done string) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return a.changed(nodeChanged{args[0], verb, out.Already}, done)
+		return a.changed(nodeChanged{args[0], verb, out.Already, out.Warnings}, done)
 	})
 	return cmd
 }

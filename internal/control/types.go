@@ -217,6 +217,15 @@ type AddedNode struct {
 // ChangedNode says what became of a change of a member.
 type ChangedNode struct {
 	Already bool `json:"already,omitempty"` // as of AddedNode
+	// Warnings are what the change leaves to be seen to.
+	Warnings []Warning `json:"warnings,omitempty"`
+}
+
+// Warning is something that was done as it was asked for, and may not be meant.
+type Warning struct {
+	Volume string `json:"volume,omitempty"`
+	Text   string `json:"text"`
+	Next   string `json:"next"` // what to do about it
 }
 
 // RemoveNode asks to end a membership.

@@ -275,6 +275,20 @@ func TestJudge(t *testing.T) {
 			"its primary alpha has no majority of the in-sync set, or too few copies (min_copies 2); beta is Absent, gamma is Absent",
 			"start blockstepd on beta, or check its network",
 		},
+		{
+			"the primary is alone, and the cluster state can change",
+			map[ident.Node]volumeReport{"alpha": suspended, "delta": {Reached: true, Leads: true}},
+			"", control.Suspended, "InSync Absent Absent",
+			"its primary alpha has no majority of the in-sync set, or too few copies (min_copies 2); to go on with alpha alone: blockstep volume set db --min-copies 1; beta is Absent, gamma is Absent",
+			"start blockstepd on beta, or check its network",
+		},
+		{
+			"the primary has not heard of one that is there",
+			map[ident.Node]volumeReport{"alpha": suspended, "beta": up, "delta": {Reached: true, Leads: true}},
+			"", control.Suspended, "InSync InSync Absent",
+			"its primary alpha has no majority of the in-sync set, or too few copies (min_copies 2); gamma is Absent",
+			"start blockstepd on gamma, or check its network",
+		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			sv := &state.Volume{Name: "db", Epoch: 4, Primary: "alpha", InSync: []ident.Node{"alpha", "beta", "gamma"}, Options: state.Options{MinCopies: 2}}

@@ -217,6 +217,12 @@ func (b backend) Doctor(ctx context.Context) ([]control.Finding, error) {
 		state := map[control.Health]string{control.Healthy: control.FindingOK, control.Degraded: control.FindingWarn, control.Suspended: control.FindingBad}[v.Health]
 		cluster.add("volume "+v.Volume, state, v.Next, "%s", strings.TrimSuffix(string(v.Health)+": "+v.Reason, ": "))
 	}
+	for _, v := range d.state().Live() {
+		if needsEach(v) {
+			text, next := eachNeeded(v)
+			cluster.add("copies of "+v.Name, control.FindingWarn, next, "%s", text)
+		}
+	}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	found := map[ident.Node][]control.Finding{}

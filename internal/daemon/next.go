@@ -114,7 +114,8 @@ func (r *volumeReport) holdsEpoch(sv *state.Volume) bool {
 
 // awaited is what a primary that serves nobody waits for, where that comes by itself,
 // and the next step; "" when it is something else. It has too few copies, or too few
-// of the in-sync set answer, and a replica is on its way with which they are enough.
+// of the in-sync set answer, and a replica is on its way with which they are enough. what
+// is appended to the reason.
 func awaited(out *control.VolumeStatus, sv *state.Volume, primary volumeReport) (what, next string) {
 	if !primary.holdsEpoch(sv) {
 		return "", ""
@@ -144,7 +145,39 @@ func awaited(out *control.VolumeStatus, sv *state.Volume, primary volumeReport) 
 	if len(away) > 0 {
 		next += ", or sooner when blockstepd runs on " + strings.Join(away, ", ") + " again"
 	}
-	return "it serves once " + onItsWay(first), next
+	return "; it serves once " + onItsWay(first), next
+}
+
+// withFewer is the way on for a primary of which so many replicas are gone that it could
+// go on with the others, if it were allowed to: it has all that was answered. "" where
+// that would not do, or nothing can be changed since there is no Raft leader.
+func withFewer(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]volumeReport) string {
+	primary := reports[sv.Primary]
+	led := false
+	for _, r := range reports {
+		led = led || r.Leads
+	}
+	n := len(sv.InSync)
+	if !led || !primary.holdsEpoch(sv) || n < sv.Options.MinCopies {
+		return ""
+	}
+	there := []string{string(sv.Primary)}
+	for i := range out.Replicas {
+		r := &out.Replicas[i]
+		p := primary.peer(ident.Node(r.Node))
+		switch {
+		case r.Node == string(sv.Primary) || !sv.InSet(ident.Node(r.Node)):
+		case r.State == control.Absent || r.State == control.Failed:
+		case p != nil && p.Connected:
+			there = append(there, r.Node)
+		default:
+			return "" // it may answer in a moment
+		}
+	}
+	if len(there) >= min(sv.Options.MinCopies, sv.Majority()) {
+		return ""
+	}
+	return fmt.Sprintf("; to go on with %s alone: blockstep volume set %s --min-copies %d", strings.Join(there, ", "), sv.Name, len(there))
 }
 
 // onItsWay says when a replica that is brought up to date will be, and how far that is.

@@ -45,8 +45,34 @@ func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNo
 			return out, err
 		}
 	}
-	out.Already, err = b.changeMember(ctx, call)
+	if out.Already, err = b.changeMember(ctx, call); err == nil {
+		out.Warnings = leftWithout(b.d.state(), holds)
+	}
 	return out, err
+}
+
+// leftWithout says which volumes of those that have lost a replica cannot do without
+// any other one.
+func leftWithout(st *state.State, lost holdings) (out []control.Warning) {
+	for _, h := range lost {
+		if v := st.Volumes[h.volume.ID]; v != nil && !v.Deleted && needsEach(v) {
+			text, next := eachNeeded(v)
+			out = append(out, control.Warning{Volume: v.Name, Text: text, Next: next})
+		}
+	}
+	return out
+}
+
+// needsEach reports whether a volume is suspended as soon as any of its replicas goes,
+// for want of copies. One with a single replica has no choice.
+func needsEach(v *state.Volume) bool {
+	return v.Options.MinCopies > 1 && len(v.Replicas) <= v.Options.MinCopies
+}
+
+// eachNeeded says so, and how to change it.
+func eachNeeded(v *state.Volume) (text, next string) {
+	return fmt.Sprintf("%s has %d replicas and min_copies %d: the loss of one more suspends it", v.Name, len(v.Replicas), v.Options.MinCopies),
+		fmt.Sprintf("to have it go on with fewer then: blockstep volume set %s --min-copies %d", v.Name, v.Options.MinCopies-1)
 }
 
 // giveUp takes a dead node's replica out of a volume.

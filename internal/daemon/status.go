@@ -39,6 +39,7 @@ type volumeReport struct {
 	View    state.Volume  `json:"view"` // the cluster state as it sees it
 	Waiting string        `json:"waiting,omitempty"`
 	Manual  bool          `json:"manual,omitempty"` // it is the Raft leader, and replaces no primary by itself
+	Leads   bool          `json:"leads,omitempty"`  // it is the Raft leader
 	Device  string        `json:"device,omitempty"` // the kernel device that it is attached to on the node
 	Took    time.Duration `json:"-"`
 }
@@ -84,7 +85,8 @@ func (d *Daemon) report(id ident.Volume) volumeReport {
 	if d.failover != nil {
 		r.Waiting = d.failover.Waiting(id)
 	}
-	r.Manual = d.raft.IsLeader() && !d.live.Load().FailoverAuto
+	r.Leads = d.raft.IsLeader()
+	r.Manual = r.Leads && !d.live.Load().FailoverAuto
 	r.Device = d.deviceOf(r.View.Name)
 	v := d.volume(id)
 	if v == nil {
@@ -358,7 +360,7 @@ func judge(out *control.VolumeStatus, sv *state.Volume, reports map[ident.Node]v
 	case !serving:
 		out.Health = control.Suspended
 		what, next := awaited(out, sv, reports[sv.Primary])
-		if out.Reason = suspendedReason(sv, reports, what, off); what != "" {
+		if out.Reason = suspendedReason(sv, reports, withFewer(out, sv, reports)+what, off); what != "" {
 			out.Next = next
 		}
 		if awaitsOperator(sv, reports) && canSeal(out, sv) {
@@ -401,7 +403,8 @@ func canSeal(out *control.VolumeStatus, sv *state.Volume) bool {
 	return n >= sv.SealsNeeded()
 }
 
-func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, awaited string, off []string) string {
+// suspendedReason says why nobody serves a volume; more, how that may end.
+func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, more string, off []string) string {
 	reason := "no primary serves it"
 	primary := reports[sv.Primary]
 	switch {
@@ -417,9 +420,7 @@ func suspendedReason(sv *state.Volume, reports map[ident.Node]volumeReport, awai
 	case primary.Core.Suspended:
 		reason = fmt.Sprintf("its primary %s has no majority of the in-sync set, or too few copies (min_copies %d)", sv.Primary, sv.Options.MinCopies)
 	}
-	if awaited != "" {
-		reason += "; " + awaited
-	}
+	reason += more
 	if awaitsOperator(sv, reports) {
 		reason += "; automatic failover is off (failover.auto)"
 	}

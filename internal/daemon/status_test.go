@@ -5,12 +5,61 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
 )
+
+// TestOnWithFewer: a volume that may not go on without any of its two replicas is named
+// by doctor. When one of them is gone, be it the primary, status names the command with
+// which the other goes on, and that is enough.
+func TestOnWithFewer(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	gamma := nodes["gamma"]
+	if _, err := gamma.client.CreateVolume(t.Context(), control.CreateVolume{Name: "db", Size: 8 << 20, Replicas: []string{"alpha", "beta"}, MinCopy: 2}); err != nil {
+		t.Fatal(err)
+	}
+	for _, primary := range []string{"alpha", "beta"} {
+		gamma.healthy("db")
+		if _, err := gamma.client.Switchover(t.Context(), "db", control.Switchover{To: primary}); err != nil {
+			t.Fatal(err)
+		}
+		two := 2
+		if _, err := gamma.client.SetOptions(t.Context(), "db", control.SetOptions{MinCopies: &two}); err != nil {
+			t.Fatal(err)
+		}
+		list, err := gamma.client.Doctor(t.Context())
+		if err != nil || !slices.ContainsFunc(list, func(f control.Finding) bool {
+			return f.Check == "copies of db" && f.State == control.FindingWarn && strings.Contains(f.Next, "blockstep volume set db --min-copies 1")
+		}) {
+			t.Errorf("%+v, %v", list, err)
+		}
+		nodes["beta"].halt()
+		gamma.eventually(30*time.Second, "the way on is named", func(ctx context.Context) error {
+			v, err := gamma.client.VolumeStatus(ctx, "db")
+			if err == nil && (v.Health != control.Suspended || !strings.Contains(v.Reason, "to go on with alpha alone: blockstep volume set db --min-copies 1")) {
+				err = fmt.Errorf("%s: %s", v.Health, v.Reason)
+			}
+			return err
+		})
+		one := 1
+		if _, err := gamma.client.SetOptions(t.Context(), "db", control.SetOptions{MinCopies: &one}); err != nil {
+			t.Fatal(err)
+		}
+		gamma.eventually(30*time.Second, "it goes on", func(ctx context.Context) error {
+			v, err := gamma.client.VolumeStatus(ctx, "db")
+			if err == nil && (v.Health != control.Degraded || v.Primary != "alpha") {
+				err = fmt.Errorf("%s: %s", v.Health, v.Reason)
+			}
+			return err
+		})
+		nodes["beta"].start()
+	}
+}
 
 // TestStatusOfAResyncThatIsWaitedFor: one of two good replicas goes while the third is
 // copied. The primary that is left serves nobody until that is done, and status says so,
