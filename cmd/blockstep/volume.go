@@ -172,24 +172,32 @@ func (a *app) volumeResizeCmd() *cobra.Command {
 }
 
 func (a *app) volumeSetCmd() *cobra.Command {
-	var copies int
+	var copies, replicas int
 	var most, least string
 	cmd := &cobra.Command{
 		Use: "set NAME", Short: "Change options of a volume, online", Args: named("volume", 1, 1),
 		Long: `Changes what is given, and leaves the rest.
 
 --min-copies is the fewest in-sync replicas that writes go on with. With fewer the
-volume holds its I/O; to have it go on on the one copy that is left, set it to 1.`,
-		Example: "  blockstep volume set db --min-copies 1\n  blockstep volume set db --resync-rate-max 50MiB",
+volume holds its I/O; to have it go on on the one copy that is left, set it to 1.
+
+--replicas makes more replicas, on nodes that have none: the one with the fewest
+first. It returns when they are there; that they are copied is waited for with
+blockstep wait NAME --for healthy. Fewer are made by node drain and node remove.`,
+		Example: "  blockstep volume set db --min-copies 1\n  blockstep volume set db --replicas 3\n  blockstep volume set db --resync-rate-max 50MiB",
 	}
 	f := cmd.Flags()
 	f.IntVar(&copies, "min-copies", 0, "fewest in-sync replicas that writes go on with")
+	f.IntVar(&replicas, "replicas", 0, "how many replicas it shall have; never fewer than it has")
 	f.StringVar(&most, "resync-rate-max", "", "ceiling of a resync, bytes a second; 0: as the nodes are configured")
 	f.StringVar(&least, "resync-rate-min", "", "what a resync gets beside client I/O, bytes a second; 0: as the nodes are configured")
 	cmd.RunE = a.ask(changeTimeout, func(ctx context.Context, c *control.Client, args []string) error {
 		var r control.SetOptions
 		if f.Changed("min-copies") {
 			r.MinCopies = &copies
+		}
+		if f.Changed("replicas") {
+			r.Replicas = &replicas
 		}
 		for flag, to := range map[string]**int64{"resync-rate-max": &r.ResyncRateMax, "resync-rate-min": &r.ResyncRateMin} {
 			if !f.Changed(flag) {
@@ -202,13 +210,18 @@ volume holds its I/O; to have it go on on the one copy that is left, set it to 1
 			*to = &n
 		}
 		if r == (control.SetOptions{}) {
-			return control.Errorf(control.CodeUsage, "give --min-copies, --resync-rate-max or --resync-rate-min", "there is nothing to set")
+			return control.Errorf(control.CodeUsage, "give --min-copies, --replicas, --resync-rate-max or --resync-rate-min", "there is nothing to set")
 		}
 		v, err := c.SetOptions(ctx, args[0], r)
 		if err != nil {
 			return err
 		}
-		return a.print(v, func(w io.Writer) { volumeDetail(w, v) })
+		return a.print(v, func(w io.Writer) {
+			volumeDetail(w, v)
+			if r.Replicas != nil && v.Health != control.Healthy {
+				fmt.Fprintf(w, "\nto wait until all of them are in sync: blockstep wait %s --for healthy\n", v.Volume)
+			}
+		})
 	})
 	return cmd
 }

@@ -125,6 +125,8 @@ type CreateVolume struct {
 
 // SetOptions changes options of a volume; what is left out stays.
 type SetOptions struct {
+	// Replicas is how many it shall have: new ones are placed where there are fewer.
+	Replicas      *int   `json:"replicas,omitempty"`
 	MinCopies     *int   `json:"min_copies,omitempty"`
 	ResyncRateMax *int64 `json:"resync_rate_max,omitempty"` // bytes a second; 0: as the nodes are configured
 	ResyncRateMin *int64 `json:"resync_rate_min,omitempty"` // bytes a second; 0: as the nodes are configured

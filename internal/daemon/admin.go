@@ -431,16 +431,16 @@ func (b backend) SetOptions(ctx context.Context, name string, r control.SetOptio
 	if r == (control.SetOptions{}) {
 		return control.VolumeStatus{}, control.Errorf(control.CodeUsage, "see blockstep volume set --help", "there is nothing to set")
 	}
-	if err := b.d.applyTo(ctx, sv, state.Command{SetOptions: &state.SetOptions{
-		Volume: sv.ID, MinCopies: r.MinCopies, ResyncRateMax: r.ResyncRateMax, ResyncRateMin: r.ResyncRateMin,
-	}}); err != nil {
+	if err := b.d.setOptions(ctx, sv, r); err != nil {
 		return control.VolumeStatus{}, err
 	}
 	want := func(o state.Options) bool {
 		return (r.MinCopies == nil || o.MinCopies == *r.MinCopies) && (r.ResyncRateMax == nil || o.ResyncRateMax == *r.ResyncRateMax) &&
 			(r.ResyncRateMin == nil || o.ResyncRateMin == *r.ResyncRateMin)
 	}
-	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool { return want(v.View.Options) })
+	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool {
+		return want(v.View.Options) && (r.Replicas == nil || staying(&v.View) >= *r.Replicas)
+	})
 	return b.VolumeStatus(ctx, name)
 }
 

@@ -341,6 +341,9 @@ func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node
 		}
 	}
 	code, next := control.CodeFailed, "see blockstep status "+sv.Name
+	if len(sv.Replicas) == 1 {
+		next = fmt.Sprintf("give it a second one: blockstep volume set %s --replicas 2; when that is in sync (blockstep wait %[1]s --for healthy) drain again", sv.Name)
+	}
 	if e := (*control.Error)(nil); errors.As(last, &e) {
 		code, next, last = e.Code, e.Next, errors.New(e.Message)
 	}

@@ -163,3 +163,61 @@ func TestAMemberChangedAgain(t *testing.T) {
 	delta.stop = nil
 	delta.client.Close()
 }
+
+// TestMoreReplicas: a volume is given replicas on nodes that have none, which are filled;
+// asked again nothing happens, and what cannot be is refused before anything is done. A
+// volume that had one replica can be drained then.
+func TestMoreReplicas(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, gamma := nodes["alpha"], nodes["gamma"]
+	if _, err := alpha.client.CreateVolume(t.Context(), control.CreateVolume{Name: "db", Size: 8 << 20, Replicas: []string{"alpha"}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := alpha.client.CreateVolume(t.Context(), control.CreateVolume{Name: "other", Size: 8 << 20, Replicas: []string{"beta"}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := alpha.open("db").WriteAt(t.Context(), []byte("moved"), 8192); err != nil {
+		t.Fatal(err)
+	}
+	set := func(n int) (control.VolumeStatus, error) {
+		return alpha.client.SetOptions(t.Context(), "db", control.SetOptions{Replicas: &n})
+	}
+	refused := func(n int, says string) {
+		t.Helper()
+		var e *control.Error
+		if _, err := set(n); !errors.As(err, &e) || e.Code != control.CodeRefused || !strings.Contains(e.Error(), says) {
+			t.Errorf("%d replicas: %v", n, err)
+		}
+		if n := len(alpha.status("db").Replicas); n > 2 {
+			t.Errorf("there are %d replicas", n)
+		}
+	}
+	for range 2 {
+		v, err := set(2)
+		if err != nil || len(v.Replicas) != 2 || v.Replicas[1].Node != "gamma" {
+			t.Fatalf("%+v, %v", v, err)
+		}
+		alpha.healthy("db")
+	}
+	if got := gamma.read("db@gamma", 8192, 5); string(got) != "moved" {
+		t.Errorf("the new replica has %q", got)
+	}
+	refused(4, "there are 3 nodes to store them")
+	refused(1, "blockstep node drain NODE")
+	if _, err := alpha.client.ChangeNode(t.Context(), "alpha", "drain"); err != nil {
+		t.Errorf("drain: %v", err)
+	}
+	alpha.healthy("db")
+	if got := nodes["beta"].read("db@beta", 8192, 5); string(got) != "moved" {
+		t.Errorf("the drained replica has become %q", got)
+	}
+	nodes["alpha"].halt()
+	alpha = nodes["beta"]
+	alpha.eventually(20*time.Second, "it sees that alpha is down", func(ctx context.Context) error {
+		if _, err := set(3); err == nil || !strings.Contains(err.Error(), "not up: alpha; start blockstepd there") {
+			return fmt.Errorf("3 replicas: %w", err)
+		}
+		return nil
+	})
+}

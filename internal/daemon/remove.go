@@ -72,7 +72,8 @@ func needsEach(v *state.Volume) bool {
 // eachNeeded says so, and how to change it.
 func eachNeeded(v *state.Volume) (text, next string) {
 	return fmt.Sprintf("%s has %d replicas and min_copies %d: the loss of one more suspends it", v.Name, len(v.Replicas), v.Options.MinCopies),
-		fmt.Sprintf("to have it go on with fewer then: blockstep volume set %s --min-copies %d", v.Name, v.Options.MinCopies-1)
+		fmt.Sprintf("to have it go on with fewer then: blockstep volume set %s --min-copies %d; or give it one replica more: blockstep volume set %[1]s --replicas %[3]d",
+			v.Name, v.Options.MinCopies-1, len(v.Replicas)+1)
 }
 
 // giveUp takes a dead node's replica out of a volume.

@@ -1,0 +1,121 @@
+package daemon
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft/state"
+)
+
+// staying is how many replicas of a volume are not about to leave.
+func staying(sv *state.Volume) (n int) {
+	for _, r := range sv.Replicas {
+		if !r.Leaving {
+			n++
+		}
+	}
+	return n
+}
+
+// checkReplicas says why a volume cannot have so many replicas, of which it has fewer
+// now or as many.
+func (d *Daemon) checkReplicas(sv *state.Volume, n int) error {
+	st, has := d.state(), staying(sv)
+	storing, witnesses := 0, 0
+	for _, m := range st.Nodes {
+		switch {
+		case m.Witness:
+			witnesses++
+		case !m.Lost:
+			storing++
+		}
+	}
+	switch {
+	case n < 1 || n > state.ReplicasMax:
+		return control.Errorf(control.CodeUsage, "", "a volume has 1 to %d replicas, not %d", state.ReplicasMax, n)
+	case n < has:
+		return control.Errorf(control.CodeRefused,
+			"replicas go with their nodes: blockstep node drain NODE moves them to others, and blockstep node remove NODE --force gives those of a dead node up",
+			"%s has %d replicas, and this makes no fewer", sv.Name, has)
+	case n > has && n > storing:
+		others := ""
+		if witnesses > 0 {
+			others = ", beside those that only vote"
+		}
+		return control.Errorf(control.CodeRefused, "add one first: blockstep node add NAME --address HOST:PORT",
+			"%s cannot have %d replicas: there are %d nodes to store them%s", sv.Name, n, storing, others)
+	}
+	return nil
+}
+
+// setOptions changes what is given: the replicas first, since there are no more copies
+// than those. What the cluster state would refuse afterwards is refused before.
+func (d *Daemon) setOptions(ctx context.Context, sv *state.Volume, r control.SetOptions) error {
+	options := state.Command{SetOptions: &state.SetOptions{
+		Volume: sv.ID, MinCopies: r.MinCopies, ResyncRateMax: r.ResyncRateMax, ResyncRateMin: r.ResyncRateMin,
+	}}
+	if r.Replicas != nil {
+		if err := d.checkReplicas(sv, *r.Replicas); err != nil {
+			return err
+		}
+		if err := d.raiseReplicas(ctx, sv, *r.Replicas, options); err != nil {
+			return err
+		}
+		if r.MinCopies == nil && r.ResyncRateMax == nil && r.ResyncRateMin == nil {
+			return nil
+		}
+	}
+	return d.applyTo(ctx, sv, options)
+}
+
+// raiseReplicas gives a volume replicas until it has n of them. They are there when it
+// returns, and not filled as yet. Nothing is done where not all of them find a place, or
+// then would be refused.
+func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, then state.Command) error {
+	planned := *sv
+	after := d.state()
+	var places []ident.Node
+	for has := staying(sv); has < n; has++ {
+		to := d.roomFor(&planned)
+		if to == "" {
+			return d.noPlace(&planned, n)
+		}
+		places = append(places, to)
+		planned.Replicas = append(slices.Clone(planned.Replicas), state.Replica{Node: to})
+		after, _ = after.Apply(state.Command{AddReplica: &state.AddReplica{Volume: sv.ID, Node: to}})
+	}
+	if _, res := after.Apply(then); !res.OK {
+		return d.refusal(res.Err())
+	}
+	for _, to := range places {
+		if v := d.state().Volumes[sv.ID]; v == nil || staying(v) >= n {
+			return nil // somebody else has asked for it too
+		}
+		if _, err := d.applyWhole(ctx, state.Command{AddReplica: &state.AddReplica{Volume: sv.ID, Node: to}}); err != nil {
+			return err
+		}
+		if err := d.awaitVolume(ctx, sv.ID, func(v *state.Volume) bool { return v.Replica(to) != nil }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// noPlace says why there is no node for one more replica, though there are enough.
+func (d *Daemon) noPlace(sv *state.Volume, n int) error {
+	var down []string
+	st := d.state()
+	for _, name := range st.NodeNames() {
+		if m := st.Nodes[name]; !m.Witness && !m.Lost && sv.Replica(name) == nil && !d.nodeUp(name) {
+			down = append(down, string(name))
+		}
+	}
+	why, next := "a replica of it is about to leave", "run it again in a moment"
+	if len(down) > 0 {
+		why, next = "not up: "+strings.Join(down, ", "), "start blockstepd there, then run this again"
+	}
+	return control.Errorf(control.CodeRefused, next, "%s cannot have %d replicas now: %s", sv.Name, n, why)
+}
