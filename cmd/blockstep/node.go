@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,7 +21,7 @@ func (a *app) nodeCmd() *cobra.Command {
 		a.nodeChangeCmd("replace", "Accept a member's empty data directory: it votes anew and its replicas are synced whole",
 			"For a member whose disk or machine was lost: start blockstepd there with an empty\ndata directory, then run this on another node. What the old one promised is\nforgotten with its id; its replicas are copied whole from the others.", "may join anew"),
 		a.nodeChangeCmd("drain", "Move primaries and then replicas away from a member",
-			"Moves the primaries away, then gives each volume a replica on another node before\nthe one here goes. It takes as long as copying does; cut off, it goes on when it is\nrun again.", "is drained"),
+			"Moves the primaries away, then gives each volume a replica on another node before\nthe one here goes. It takes as long as copying does; cut off, it goes on when it is\nrun again. A node with too little room is not chosen, and a new replica that fails is\ntaken away again.", "is drained"),
 	)
 	return cmd
 }
@@ -158,6 +160,57 @@ func (a *app) changed(n nodeChanged, done string) error {
 	})
 }
 
+// drainEvery is the pace of the lines that a drain tells its progress with.
+const drainEvery = 2 * time.Second
+
+// runDrainTold tells how far a drain is until ctx ends: a line for each volume, when
+// there is news of it.
+func (a *app) runDrainTold(ctx context.Context, c *control.Client, node string) {
+	tick := time.NewTicker(drainEvery)
+	defer tick.Stop()
+	told := map[string]bool{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		vols, err := c.Volumes(ctx)
+		if err != nil {
+			continue // the drain itself says what is wrong
+		}
+		for _, line := range drainLines(vols, node) {
+			if !told[line] {
+				told[line] = true
+				fmt.Fprintln(a.err, line)
+			}
+		}
+	}
+}
+
+// drainLines says which replicas are brought up to date while a node is drained.
+func drainLines(vols []control.VolumeStatus, node string) (lines []string) {
+	for _, v := range vols {
+		if !slices.ContainsFunc(v.Replicas, func(r control.ReplicaStatus) bool { return r.Node == node }) {
+			continue
+		}
+		for _, r := range v.Replicas {
+			if r.Node == node || r.State == control.InSync {
+				continue
+			}
+			line := fmt.Sprintf("%s: the replica on %s is %s", v.Volume, r.Node, r.State)
+			if r.Resync != nil {
+				line += ", " + progress(r.Resync)
+			}
+			if r.Reason != "" {
+				line += ": " + r.Reason
+			}
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
 // removeTimeout leaves each of some volumes the time to change its in-sync set.
 const removeTimeout = 10 * time.Minute
 
@@ -180,6 +233,13 @@ func (a *app) nodeChangeCmd(verb, short, long, done string) *cobra.Command {
 		})
 	}
 	cmd.RunE = a.askAfter(limit, sure, func(ctx context.Context, c *control.Client, args []string) error {
+		if verb == "drain" && !a.json {
+			told, stop := context.WithCancel(ctx)
+			var wg sync.WaitGroup
+			wg.Go(func() { a.runDrainTold(told, c, args[0]) })
+			defer wg.Wait()
+			defer stop()
+		}
 		out, err := c.ChangeNode(ctx, args[0], verb)
 		if err != nil {
 			return err

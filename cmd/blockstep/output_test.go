@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -194,5 +195,27 @@ func TestNoDaemonThere(t *testing.T) {
 				t.Errorf("%s at %s: exit code %d: %s", verb, admin, code, says.String())
 			}
 		}
+	}
+}
+
+// TestDrainLines: what a drain tells is of the volumes that the node has, and of the
+// replicas that are not in sync yet.
+func TestDrainLines(t *testing.T) {
+	left := int64(24)
+	on := func(volume string, rs ...control.ReplicaStatus) control.VolumeStatus {
+		return control.VolumeStatus{Volume: volume, Replicas: rs}
+	}
+	got := drainLines([]control.VolumeStatus{
+		on("db", control.ReplicaStatus{Node: "beta", State: control.InSync}, control.ReplicaStatus{Node: "gamma", State: control.CatchingUp},
+			control.ReplicaStatus{Node: "delta", State: control.Resyncing, Resync: &control.Resync{DoneBytes: 8 << 20, TotalBytes: 32 << 20, Rate: 1 << 20, Left: &left}}),
+		on("other", control.ReplicaStatus{Node: "delta", State: control.Resyncing}),
+		on("log", control.ReplicaStatus{Node: "gamma", State: control.InSync}, control.ReplicaStatus{Node: "delta", State: control.Failed, Reason: "no space left on device"}),
+	}, "gamma")
+	want := []string{
+		"db: the replica on delta is Resyncing, 25% of 32MiB, 1MiB/s, 24s left",
+		"log: the replica on delta is Failed: no space left on device",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q", got)
 	}
 }

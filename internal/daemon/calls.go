@@ -27,6 +27,7 @@ func (d *Daemon) addCalls() {
 	handle(d.rpcd, "/node/v1/doubt", d.serveDoubt)
 	handle(d.rpcd, "/node/v1/verify", d.serveVerify)
 	handle(d.rpcd, "/node/v1/grow", d.serveGrow)
+	handle(d.rpcd, "/node/v1/room", d.serveRoom)
 	handle(d.rpcd, "/node/v1/device", d.serveDevice)
 	handle(d.rpcd, "/node/v1/changed", d.serveChanged)
 	handle(d.rpcd, "/node/v1/doctor", d.serveDoctor)

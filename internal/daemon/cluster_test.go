@@ -39,6 +39,7 @@ type testNode struct {
 	stop    context.CancelFunc
 	done    chan error
 	started int
+	space   func(dir string) (free, all int64, err error) // nil: the real one
 }
 
 type logBuffer struct {
@@ -149,6 +150,9 @@ func (n *testNode) start() {
 	go func() {
 		logger := slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: &n.level}))
 		n.done <- run(ctx, cfg, logger, n.faults.over(vfs.OS()), func(d *Daemon) {
+			if n.space != nil {
+				d.space = n.space
+			}
 			d.hooks = Hooks{Level: &n.level, Load: func() (*config.Config, error) { return config.Load(n.file, nil) }}
 			n.daemon.Store(d)
 		})

@@ -40,6 +40,7 @@ type Daemon struct {
 	log    *slog.Logger
 	self   ident.Node
 	fs     vfs.FS
+	space  func(dir string) (free, all int64, err error) // spaceOf, or a test's
 	bootID string
 	live   atomic.Pointer[config.Config] // the configuration as it was read last: only keys that change live are taken from it
 	hooks  Hooks
@@ -113,7 +114,7 @@ func Run(ctx context.Context, cfg *config.Config, logger *slog.Logger, hooks Hoo
 // run is Run on a file system; made is told of the daemon before it starts.
 func run(ctx context.Context, cfg *config.Config, logger *slog.Logger, files vfs.FS, made func(*Daemon)) error {
 	d := &Daemon{
-		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: files, start: time.Now(),
+		cfg: cfg, log: logger.With("node", cfg.Node), self: ident.Node(cfg.Node), fs: files, space: spaceOf, start: time.Now(),
 		fatal: make(chan error, 1), local: newLocalEvents(), verifies: newVerifyRuns(), remarks: make(chan state.Event, remarksMax),
 		current: make(chan struct{}), retune: make(chan struct{}, 1), resized: make(chan struct{}, 1), stopping: make(chan struct{}),
 		vols: map[ident.Volume]*volume{}, up: map[ident.Node]bool{}, reporting: map[reportKey]bool{}, problems: map[ident.Volume]error{},

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/blockstep/blockstep/internal/config"
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft"
 	"github.com/blockstep/blockstep/raft/state"
+	"github.com/blockstep/blockstep/replication/core"
 )
 
 // Nodes implements control.Backend.
@@ -302,7 +304,7 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		return err
 	}
 	n := ident.Node(node)
-	var left []string
+	var left, small []string
 	for _, sv := range b.d.state().Live() {
 		if sv.Primary == n {
 			if err := b.d.moveAway(ctx, sv, n); err != nil {
@@ -312,13 +314,18 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		if sv.Replica(n) == nil {
 			continue
 		}
-		moved, err := b.d.moveReplica(ctx, sv.ID, n)
+		moved, without, err := b.d.moveReplica(ctx, sv.ID, n)
 		if err != nil {
 			return err
 		}
 		if !moved {
 			left = append(left, sv.Name)
+			small = append(small, without...)
 		}
+	}
+	if len(small) > 0 {
+		last := &left[len(left)-1]
+		*last += " (" + strings.Join(slices.Compact(small), ", ") + ")"
 	}
 	if len(left) > 0 {
 		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again, or go on with fewer copies: stop it, then blockstep node remove "+node+" --force",
@@ -352,26 +359,98 @@ func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node
 
 // moveReplica gives a volume a replica on another node in the place of the one
 // on from. The old one goes only when the new one is in sync, so there are never
-// fewer good copies than before. It reports false when no node has room.
-func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.Node) (bool, error) {
+// fewer good copies than before. It reports false when no node has room, and which
+// have too little. A new one that fails is taken away again.
+func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.Node) (moved bool, without []string, err error) {
 	sv := d.state().Volumes[id]
 	to := joining(d.state(), sv, from)
 	if to == "" || !d.nodeUp(to) {
-		if to = d.roomFor(sv); to == "" {
-			return false, nil
+		if to, without = d.placeFor(ctx, sv); to == "" {
+			return false, without, nil
 		}
 		if _, err := d.applyWhole(ctx, state.Command{AddReplica: &state.AddReplica{Volume: id, Node: to}}); err != nil {
-			return false, err
+			return false, nil, err
 		}
 	}
-	if err := d.awaitVolume(ctx, id, func(v *state.Volume) bool { return v.InSet(to) }); err != nil {
-		return false, fmt.Errorf("the new replica of %s on %s is not in sync yet: %w", sv.Name, to, err)
+	why, err := d.awaitFilled(ctx, id, to)
+	if why != "" {
+		_, err := d.applyWhole(ctx, state.Command{RemoveReplica: &state.RemoveReplica{Volume: id, Node: to}})
+		if err != nil {
+			return false, nil, fmt.Errorf("the new replica of %s on %s failed (%s), and cannot be taken away again: %w", sv.Name, to, why, err)
+		}
+		return false, nil, control.Errorf(control.CodeFailed, fmt.Sprintf("see to the disk of %s, or add a node that takes the replicas (blockstep node add), then drain again", to),
+			"the new replica of %s on %s failed, and was taken away again: %s; nothing else has changed: the one on %s is there", sv.Name, to, why, from)
+	}
+	if err != nil {
+		return false, nil, fmt.Errorf("the new replica of %s on %s is not in sync yet: %w", sv.Name, to, err)
 	}
 	if _, err := d.applyWhole(ctx, state.Command{RemoveReplica: &state.RemoveReplica{Volume: id, Node: from}}); err != nil {
-		return false, err
+		return false, nil, err
 	}
-	err := d.awaitVolume(ctx, id, func(v *state.Volume) bool { return v.Replica(from) == nil })
-	return err == nil, err
+	err = d.awaitVolume(ctx, id, func(v *state.Volume) bool { return v.Replica(from) == nil })
+	return err == nil, nil, err
+}
+
+const (
+	// fillLook is how often a new replica that is waited for is looked at.
+	fillLook = time.Second
+	// fillFails is how long it may be in want of something that may come by itself
+	// until it counts as failed.
+	fillFails = 4 * time.Second
+)
+
+// awaitFilled waits until a new replica is in sync. why is the reason, when it has
+// failed meanwhile.
+func (d *Daemon) awaitFilled(ctx context.Context, id ident.Volume, to ident.Node) (why string, err error) {
+	var since time.Time // of trouble; zero while there is none
+	for {
+		look, cancel := context.WithTimeout(ctx, fillLook)
+		err := d.awaitVolume(look, id, func(v *state.Volume) bool {
+			r := v.Replica(to)
+			return v.InSet(to) || r == nil || r.Failed
+		})
+		cancel()
+		if ctx.Err() != nil {
+			return "", ctx.Err()
+		}
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			return "", err
+		}
+		sv := d.state().Volumes[id]
+		if sv == nil || sv.InSet(to) {
+			return "", nil
+		}
+		if sv.Replica(to) == nil {
+			return "", errors.New("it was removed meanwhile")
+		}
+		why, final := trouble(sv.Replica(to), d.reportOf(ctx, to, id))
+		switch {
+		case why == "":
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		}
+		if why != "" && (final || time.Since(since) >= fillFails) {
+			return why, nil
+		}
+		if err == nil && !pause(ctx, fillLook) { // it is not that nothing has changed: do not spin
+			return "", ctx.Err()
+		}
+	}
+}
+
+// trouble is why a new replica will not be in sync; final says that this does not end
+// by itself.
+func trouble(rep *state.Replica, r volumeReport) (why string, final bool) {
+	switch {
+	case rep.Failed && rep.Reason != invalidReason && !strings.HasPrefix(rep.Reason, replacedReason):
+		return rep.Reason, true
+	case r.Reached && r.Replica && r.Core.Role == core.RoleFailed:
+		return r.Core.Reason, false
+	case r.Reached && !r.Replica:
+		return r.Problem, false
+	}
+	return "", false
 }
 
 // joining is a replica that was added and has never been in sync: by a drain that was
@@ -400,29 +479,6 @@ func neverInSync(st *state.State, volume string, node ident.Node) bool {
 		}
 	}
 	return false
-}
-
-// roomFor is the node, up and without a replica of the volume, that has the
-// fewest replicas; "" when there is none.
-func (d *Daemon) roomFor(sv *state.Volume) ident.Node {
-	st := d.state()
-	var best ident.Node
-	fewest := 0
-	for _, name := range st.NodeNames() {
-		if st.Nodes[name].Witness || sv.Replica(name) != nil || !d.nodeUp(name) {
-			continue
-		}
-		has := 0
-		for _, v := range st.Live() {
-			if v.Replica(name) != nil {
-				has++
-			}
-		}
-		if best == "" || has < fewest {
-			best, fewest = name, has
-		}
-	}
-	return best
 }
 
 // awaitVolume waits until the cluster state of a volume is as asked.

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/raft/state"
 )
 
@@ -162,6 +165,63 @@ func TestAMemberChangedAgain(t *testing.T) {
 	delta.stop()
 	delta.stop = nil
 	delta.client.Close()
+}
+
+// asks waits until another node that was started anew answers this one.
+func (n *testNode) asks(other ident.Node) {
+	n.t.Helper()
+	n.eventually(20*time.Second, string(other)+" answers", func(ctx context.Context) error {
+		if d := n.daemon.Load(); !d.nodeUp(other) || d.roomAt(ctx, other, 0) == nil {
+			return errors.New("it does not")
+		}
+		return nil
+	})
+}
+
+// TestDrainWithoutRoom: a node whose disk is all but full is not chosen, and a drain that
+// has no other one says so; a new replica that fails ends the drain with the reason, and
+// is taken away again. With room the same drain works.
+func TestDrainWithoutRoom(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, beta, gamma := nodes["alpha"], nodes["beta"], nodes["gamma"]
+	var free atomic.Int64
+	gamma.halt()
+	gamma.space = func(string) (int64, int64, error) { return free.Load(), 120 << 20, nil }
+	gamma.start()
+	if _, err := alpha.client.CreateVolume(t.Context(), control.CreateVolume{Name: "db", Size: 16 << 20, Replicas: []string{"alpha", "beta"}}); err != nil {
+		t.Fatal(err)
+	}
+	alpha.healthy("db")
+	alpha.asks("gamma")
+	fails := func(code control.Code, says string) {
+		t.Helper()
+		var e *control.Error
+		_, err := alpha.client.ChangeNode(t.Context(), "beta", "drain")
+		if !errors.As(err, &e) || e.Code != code || !strings.Contains(e.Error(), says) {
+			t.Errorf("drain: %v", err)
+		}
+		if v := alpha.status("db"); len(v.Replicas) != 2 || v.Replicas[1].Node != "beta" {
+			t.Errorf("the replicas after it: %+v", v.Replicas)
+		}
+	}
+	free.Store(10 << 20)
+	fails(control.CodeRefused, "no other node has room for its replicas of db (gamma has 10.0MiB free, and it takes ")
+	three := 3
+	if _, err := alpha.client.SetOptions(t.Context(), "db", control.SetOptions{Replicas: &three}); err == nil || !strings.Contains(err.Error(), "gamma has 10.0MiB free") {
+		t.Errorf("a third replica: %v", err)
+	}
+	free.Store(100 << 20) // it says
+	gamma.faults.on(syscall.ENOSPC, "/volumes/", vfs.OpWrite, vfs.OpAllocate, vfs.OpTruncate)
+	fails(control.CodeFailed, "the new replica of db on gamma failed, and was taken away again: ")
+	gamma.faults.off()
+	if _, err := alpha.client.ChangeNode(t.Context(), "beta", "drain"); err != nil {
+		t.Errorf("drain: %v", err)
+	}
+	alpha.healthy("db")
+	if got := beta.status("db"); got.Replicas[1].Node != "gamma" {
+		t.Errorf("%+v", got.Replicas)
+	}
 }
 
 // TestMoreReplicas: a volume is given replicas on nodes that have none, which are filled;

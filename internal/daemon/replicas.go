@@ -79,9 +79,9 @@ func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, the
 	after := d.state()
 	var places []ident.Node
 	for has := staying(sv); has < n; has++ {
-		to := d.roomFor(&planned)
+		to, without := d.placeFor(ctx, &planned)
 		if to == "" {
-			return d.noPlace(&planned, n)
+			return d.noPlace(&planned, n, without)
 		}
 		places = append(places, to)
 		planned.Replicas = append(slices.Clone(planned.Replicas), state.Replica{Node: to})
@@ -105,7 +105,7 @@ func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, the
 }
 
 // noPlace says why there is no node for one more replica, though there are enough.
-func (d *Daemon) noPlace(sv *state.Volume, n int) error {
+func (d *Daemon) noPlace(sv *state.Volume, n int, without []string) error {
 	var down []string
 	st := d.state()
 	for _, name := range st.NodeNames() {
@@ -114,7 +114,10 @@ func (d *Daemon) noPlace(sv *state.Volume, n int) error {
 		}
 	}
 	why, next := "a replica of it is about to leave", "run it again in a moment"
-	if len(down) > 0 {
+	switch {
+	case len(without) > 0:
+		why, next = strings.Join(without, ", "), "make room there, or add a node (blockstep node add), then run this again"
+	case len(down) > 0:
 		why, next = "not up: "+strings.Join(down, ", "), "start blockstepd there, then run this again"
 	}
 	return control.Errorf(control.CodeRefused, next, "%s cannot have %d replicas now: %s", sv.Name, n, why)
