@@ -19,6 +19,8 @@ const (
 	// connections each and a window of 128 each. What is beyond is sent back to
 	// wait at its own node, where the NBD server bounds it.
 	forwardedMaxDefault = 2 * 64 * 128
+	// logRetentionDefault is what of the log is kept for peers that are away.
+	logRetentionDefault = 256 << 20
 	// checkpointMaxDefault bounds what a restart must replay, some seconds' work.
 	// The longer it takes, the more blocks are overwritten in the page cache and
 	// written to the disk once. Twice what the log retains anyway, and the size of

@@ -3,6 +3,7 @@ package replication
 import (
 	"errors"
 	"fmt"
+	"math"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -135,6 +136,15 @@ func (o *ReplicaOptions) room() error {
 func RoomNeeded(total, segment int64) int64 {
 	def(&segment, roomLeast)
 	return min(roomBytes, max(total/roomShare, segment))
+}
+
+// LogRoom is about how much the log of a replica takes where it is written to without an
+// end: what is retained (0: the default) and what is applied between two checkpoints. size
+// is the volume's, total what the file system of the log has in all.
+func LogRoom(retention int64, size uint64, total int64) int64 {
+	def(&retention, logRetentionDefault)
+	applied := min(checkpointMaxDefault, int64(max(min(size, math.MaxInt64), checkpointMaxLeast)), max(2*retention, checkpointMaxLeast))
+	return min(retention, max(total/retentionShare, roomLeast)) + min(applied, max(total/checkpointShare, roomLeast))
 }
 
 func roomIn(fs vfs.FS, dir string, bytes int64) error {

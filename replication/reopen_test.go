@@ -58,6 +58,27 @@ func fillDisk(t *testing.T, capacity int64) {
 	c.close()
 }
 
+// TestLogRoom: what is retained and what is applied between two checkpoints, each no more
+// than its share of a small disk.
+func TestLogRoom(t *testing.T) {
+	for _, tc := range []struct {
+		retention   int64
+		size        uint64
+		total, want int64
+	}{
+		{0, 1 << 40, 1 << 40, 768 << 20},
+		{1 << 30, 1 << 40, 1 << 40, 1536 << 20},
+		{0, 1 << 20, 1 << 40, 320 << 20},
+		{1 << 20, 1 << 40, 1 << 40, 65 << 20},
+		{0, 1 << 30, 120 << 20, 46 << 20},
+		{0, 1 << 30, 0, 32 << 20},
+	} {
+		if got := LogRoom(tc.retention, tc.size, tc.total); got != tc.want {
+			t.Errorf("%+v: %d MiB", tc, got>>20)
+		}
+	}
+}
+
 // TestRoomNeeded: never more than roomBytes, never less than a segment, and a share of
 // a small disk.
 func TestRoomNeeded(t *testing.T) {

@@ -114,7 +114,7 @@ func (o *ReplicaOptions) setDefaults() {
 	def(&o.StallTimeout, stallDefault)
 	def(&o.DriftPPM, 1000)
 	def(&o.RetryAfter, time.Second)
-	def(&o.LogRetention, 256<<20)
+	def(&o.LogRetention, logRetentionDefault)
 	def(&o.LagMax, 2*o.LogRetention)
 	def(&o.ResyncMin, 4<<20)
 	def(&o.ResyncChunk, 1<<20)

@@ -154,10 +154,14 @@ func (a *app) changed(n nodeChanged, done string) error {
 			done += " already"
 		}
 		fmt.Fprintf(w, "node %s %s\n", n.Node, done)
-		for _, warn := range n.Warnings {
-			fmt.Fprintf(w, "warning: %s\n  next: %s\n", warn.Text, warn.Next)
-		}
+		warnings(w, n.Warnings)
 	})
+}
+
+func warnings(w io.Writer, list []control.Warning) {
+	for _, warn := range list {
+		fmt.Fprintf(w, "warning: %s\n  next: %s\n", warn.Text, warn.Next)
+	}
 }
 
 // drainEvery is the pace of the lines that a drain tells its progress with.

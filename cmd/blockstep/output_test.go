@@ -155,6 +155,23 @@ func TestVerifyTellsWhatItCompared(t *testing.T) {
 	}
 }
 
+// TestWarnings: what was done as it was asked for, and may not be meant, is told on stderr,
+// and is in the JSON.
+func TestWarnings(t *testing.T) {
+	h := http.NewServeMux()
+	h.HandleFunc("POST /v1/volumes", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"volume":"db","size":1024,"primary":"alpha","warnings":[{"volume":"db","text":"it is thin","next":"see to it"}]}`))
+	})
+	admin := fakeDaemon(t, h)
+	for flag, want := range map[string]string{"--json=false": "volume db of 1KiB serves, primary alpha\n", "--json": `"text": "it is thin"`} {
+		var out, errOut bytes.Buffer
+		code := run(t.Context(), []string{"--admin", admin, flag, "volume", "create", "db", "--size", "1KiB"}, strings.NewReader(""), &out, &errOut)
+		if code != 0 || !strings.Contains(out.String(), want) || errOut.String() != "warning: it is thin\n  next: see to it\n" {
+			t.Errorf("%s: exit code %d, %s%s", flag, code, out.String(), errOut.String())
+		}
+	}
+}
+
 // TestNextWithoutALeader: nobody is sent to a node that has no name.
 func TestNextWithoutALeader(t *testing.T) {
 	for want, up := range map[string]bool{

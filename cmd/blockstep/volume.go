@@ -87,6 +87,7 @@ Ack says what the answer to a write waits for:
 		if err != nil {
 			return err
 		}
+		warnings(a.err, v.Warnings)
 		return a.print(v, func(w io.Writer) {
 			fmt.Fprintf(w, "volume %s of %s serves, primary %s\n", v.Volume, config.FormatSize(v.Size), v.Primary)
 		})
@@ -216,6 +217,7 @@ blockstep wait NAME --for healthy. Fewer are made by node drain and node remove.
 		if err != nil {
 			return err
 		}
+		warnings(a.err, v.Warnings)
 		return a.print(v, func(w io.Writer) {
 			volumeDetail(w, v)
 			if r.Replicas != nil && v.Health != control.Healthy {

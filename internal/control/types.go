@@ -71,6 +71,8 @@ type VolumeStatus struct {
 	Ack        string          `json:"ack"`
 	MinCopies  int             `json:"min_copies"`
 	Generation uint64          `json:"cache_generation"`
+	// Warnings are of what has just been done; a status has none.
+	Warnings []Warning `json:"warnings,omitempty"`
 }
 
 // VolumeClients is who uses a volume through one node now.

@@ -228,11 +228,14 @@ func (b backend) CreateVolume(ctx context.Context, r control.CreateVolume) (cont
 	if err := b.d.checkDevices(ctx, cmd); err != nil {
 		return none, err
 	}
+	thin := b.d.thin(ctx, cmd.Name, cmd.Size, cmd.Replicas)
 	res, err := b.d.applyWhole(ctx, state.Command{CreateVolume: cmd})
 	if err != nil {
 		return none, err
 	}
-	return b.awaitServing(ctx, res.Volume, cmd)
+	out, err := b.awaitServing(ctx, res.Volume, cmd)
+	out.Warnings = thin
+	return out, err
 }
 
 // VolumeSizeMax is how many bytes a volume has at most.
@@ -441,7 +444,12 @@ func (b backend) SetOptions(ctx context.Context, name string, r control.SetOptio
 	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool {
 		return want(v.View.Options) && (r.Replicas == nil || staying(&v.View) >= *r.Replicas)
 	})
-	return b.VolumeStatus(ctx, name)
+	out, err := b.VolumeStatus(ctx, name)
+	if now := b.d.state().Volumes[sv.ID]; now != nil && r.Replicas != nil {
+		added := slices.DeleteFunc(slices.Clone(now.Replicas), func(r state.Replica) bool { return sv.Replica(r.Node) != nil })
+		out.Warnings = b.d.thin(ctx, name, now.Size, added)
+	}
+	return out, err
 }
 
 // Switchover implements control.Backend.

@@ -62,6 +62,7 @@ func (d *Daemon) serveDoctor(context.Context, ident.Node, struct{}) (doctorRepor
 	e := &exam{node: string(d.self)}
 	e.host()
 	e.disk(d.fs, d.cfg.DataDir)
+	d.examRoom(e)
 	if d.tls != nil {
 		until, broken := d.tls.State()
 		e.certificate(until, broken, time.Now())

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -221,6 +222,39 @@ func TestDrainWithoutRoom(t *testing.T) {
 	alpha.healthy("db")
 	if got := beta.status("db"); got.Replicas[1].Node != "gamma" {
 		t.Errorf("%+v", got.Replicas)
+	}
+}
+
+// TestThinVolumes: a volume may be larger than what is free on its nodes. That is said
+// when it is made, and doctor warns as long as it is so.
+func TestThinVolumes(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, gamma := nodes["alpha"], nodes["gamma"]
+	var free atomic.Int64
+	gamma.halt()
+	gamma.space = func(string) (int64, int64, error) { return free.Load(), 120 << 20, nil }
+	gamma.start()
+	alpha.asks("gamma")
+	free.Store(104 << 20)
+	v := alpha.create("db", 1<<30)
+	if len(v.Warnings) != 1 || v.Warnings[0].Volume != "db" || v.Warnings[0].Text != "gamma has 104.0MiB free in its data_dir, and db may come to take 1GiB there" {
+		t.Errorf("%+v", v.Warnings)
+	}
+	finds := func(state, says string) {
+		t.Helper()
+		list, err := alpha.client.Doctor(t.Context())
+		if err != nil || !slices.ContainsFunc(list, func(f control.Finding) bool {
+			return f.Node == "gamma" && f.Check == "room to grow" && f.State == state && strings.Contains(f.Text, says)
+		}) {
+			t.Errorf("not %s: %q: %+v, %v", state, says, list, err)
+		}
+	}
+	finds(control.FindingWarn, "and the replica there (db) may take 1.0GiB more, logs included")
+	free.Store(10 << 30)
+	finds(control.FindingOK, "10.0GiB free")
+	if v := alpha.create("small", 1<<20); len(v.Warnings) != 0 {
+		t.Errorf("%+v", v.Warnings)
 	}
 }
 

@@ -5,19 +5,24 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/blockstep/blockstep/internal/config"
+	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/raft/state"
 	"github.com/blockstep/blockstep/replication"
 )
 
-// storeFile is the backing store of a replica without a device, in its directory.
-const storeFile = "data"
+// In the directory of a replica: its backing store, where it has no device, and its log.
+const (
+	storeFile = "data"
+	logDir    = "log" // of its segments
+)
 
 // spaceOf is how many bytes are free in the file system of a directory, and how many
 // it has.
@@ -64,6 +69,97 @@ func takes(path string) int64 {
 		return -1
 	}
 	return st.Blocks * 512
+}
+
+// owed is how much the replicas of this node may take of the file system of the data_dir
+// beyond what they take now, where the volumes are written full: of their sizes what is a
+// hole yet, where they have no device, and of their logs. total is what it has in all.
+func (d *Daemon) owed(total int64) (bytes int64, volumes []string) {
+	for _, sv := range d.state().Live() {
+		rep := sv.Replica(d.self)
+		if rep == nil {
+			continue
+		}
+		dir := d.replicaDir(sv.ID)
+		var more int64
+		if rep.Device == "" {
+			more += max(int64(sv.Size)-max(takes(filepath.Join(dir, storeFile)), 0), 0)
+		}
+		retention := d.cfg.Volume.LogRetention
+		if sv.Options.LogRetention > 0 {
+			retention = sv.Options.LogRetention
+		}
+		log := replication.LogRoom(retention, sv.Size, total)
+		if segments, err := d.fs.List(filepath.Join(dir, logDir)); err == nil {
+			for _, name := range segments {
+				log -= max(takes(filepath.Join(dir, logDir, name)), 0)
+			}
+		}
+		bytes += more + max(log, 0)
+		volumes = append(volumes, sv.Name)
+	}
+	return bytes, volumes
+}
+
+// examRoom looks whether the replicas that lie here may fill the disk.
+func (d *Daemon) examRoom(e *exam) {
+	const check = "room to grow"
+	free, total, err := d.space(d.cfg.DataDir)
+	if err != nil {
+		return // the free space is not known: that is a finding of its own
+	}
+	owed, volumes := d.owed(total)
+	state := control.FindingOK
+	if owed > free {
+		state = control.FindingWarn
+	}
+	if len(volumes) == 0 {
+		e.add(check, state, "", "no replicas")
+		return
+	}
+	e.add(check, state, "make "+d.cfg.DataDir+" larger, or see to it that the volumes are not written full: a replica without room is out until there is some",
+		"%s free in %s, and the %s there (%s) may take %s more, logs included",
+		config.RoundSize(free), d.cfg.DataDir, plural(len(volumes), "replica"), some(volumes), config.RoundSize(owed))
+}
+
+// someMost is how many names a text lists.
+const someMost = 5
+
+// some lists the first of some names.
+func some(names []string) string {
+	if len(names) <= someMost {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d others", strings.Join(names[:someMost], ", "), len(names)-someMost)
+}
+
+func plural(n int, what string) string {
+	if n == 1 {
+		return what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// thin warns of the nodes among those of a volume that have less free than it may come to
+// take. That is allowed: it takes as much as is written.
+func (d *Daemon) thin(ctx context.Context, volume string, size uint64, replicas []state.Replica) (out []control.Warning) {
+	var nodes []ident.Node
+	for _, r := range replicas {
+		if r.Device == "" && d.nodeUp(r.Node) {
+			nodes = append(nodes, r.Node)
+		}
+	}
+	rooms := d.roomsAt(ctx, nodes, 0)
+	for _, n := range nodes {
+		if r := rooms[n]; r != nil && r.Free < int64(size) {
+			out = append(out, control.Warning{
+				Volume: volume,
+				Text:   fmt.Sprintf("%s has %s free in its data_dir, and %s may come to take %s there", n, config.RoundSize(r.Free), volume, config.FormatSize(int64(size))),
+				Next:   "see to it that it has more before that is written: a replica without room is out until there is some (blockstep doctor)",
+			})
+		}
+	}
+	return out
 }
 
 // roomAt asks a node for its room; nil when it does not say, as one of an earlier
