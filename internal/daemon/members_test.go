@@ -315,3 +315,29 @@ func TestMoreReplicas(t *testing.T) {
 		return nil
 	})
 }
+
+// TestWhatIsLeft: a volume that has lost a replica is healthy with the others, and only
+// the remove itself can say that there was one more.
+func TestWhatIsLeft(t *testing.T) {
+	for _, tc := range []struct {
+		left, copies int
+		want         control.Warning
+	}{
+		{1, 1, control.Warning{Text: "db has one replica left, on a: what is lost with that one is gone", Next: "to have one more again: blockstep volume set db --replicas 2"}},
+		{2, 2, control.Warning{
+			Text: "db has 2 replicas and min_copies 2: the loss of one more suspends it",
+			Next: "to have it go on with fewer then: blockstep volume set db --min-copies 1; or give it one replica more: blockstep volume set db --replicas 3",
+		}},
+		{3, 2, control.Warning{Text: "db has 3 replicas left", Next: "to have one more again: blockstep volume set db --replicas 4"}},
+	} {
+		sv := &state.Volume{Name: "db", ID: 7, Options: state.Options{MinCopies: tc.copies}}
+		for _, n := range []ident.Node{"a", "b", "c"}[:tc.left] {
+			sv.Replicas = append(sv.Replicas, state.Replica{Node: n})
+		}
+		tc.want.Volume = "db"
+		got := leftWithout(&state.State{Volumes: map[ident.Volume]*state.Volume{7: sv}}, holdings{{volume: sv}})
+		if len(got) != 1 || got[0] != tc.want {
+			t.Errorf("%d left: %+v", tc.left, got)
+		}
+	}
+}

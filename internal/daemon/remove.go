@@ -51,14 +51,22 @@ func (b backend) RemoveNode(ctx context.Context, node string, r control.RemoveNo
 	return out, err
 }
 
-// leftWithout says which volumes of those that have lost a replica cannot do without
-// any other one.
+// leftWithout says what is left of the volumes that have lost a replica, and how to have
+// another one in its place: nothing else tells that there were more.
 func leftWithout(st *state.State, lost holdings) (out []control.Warning) {
 	for _, h := range lost {
-		if v := st.Volumes[h.volume.ID]; v != nil && !v.Deleted && needsEach(v) {
-			text, next := eachNeeded(v)
-			out = append(out, control.Warning{Volume: v.Name, Text: text, Next: next})
+		v := st.Volumes[h.volume.ID]
+		if v == nil || v.Deleted {
+			continue
 		}
+		text, next := fmt.Sprintf("%s has %d replicas left", v.Name, len(v.Replicas)), fmt.Sprintf("to have one more again: blockstep volume set %s --replicas %d", v.Name, len(v.Replicas)+1)
+		switch {
+		case needsEach(v):
+			text, next = eachNeeded(v)
+		case len(v.Replicas) == 1:
+			text = fmt.Sprintf("%s has one replica left, on %s: what is lost with that one is gone", v.Name, v.Replicas[0].Node)
+		}
+		out = append(out, control.Warning{Volume: v.Name, Text: text, Next: next})
 	}
 	return out
 }
