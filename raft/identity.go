@@ -8,9 +8,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
+
+	hraft "github.com/hashicorp/raft"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
@@ -66,8 +70,9 @@ func randomID() string {
 func NewCommandID() string { return randomID() }
 
 // loadIdentity reads the identity of a data_dir, or makes one, durably. It
-// refuses a data_dir of another cluster or node.
-func loadIdentity(fsys vfs.FS, dir, cluster string, node ident.Node) (*identity, error) {
+// refuses a data_dir of another cluster or node, unless nothing was ever founded
+// with it: then it makes a new one.
+func loadIdentity(fsys vfs.FS, dir, cluster string, node ident.Node, log *slog.Logger) (*identity, error) {
 	path := filepath.Join(dir, identityFile)
 	id, err := readIdentity(fsys, path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -75,26 +80,89 @@ func loadIdentity(fsys vfs.FS, dir, cluster string, node ident.Node) (*identity,
 			return nil, fmt.Errorf("%s is missing, but %s holds a Raft log: the data_dir is damaged; restore %s, or empty the data_dir and run 'blockstep node replace %s' on another node",
 				path, filepath.Join(dir, raftDir), identityFile, node)
 		}
-		id = &identity{V: identityVersion, Cluster: cluster, Node: node, RaftID: raftIDOf(node, randomID()[:16])}
-		if err := writeIdentity(fsys, dir, id); err != nil {
-			return nil, err
-		}
-		return id, nil
+		return newIdentity(fsys, dir, cluster, node)
 	}
 	if err != nil {
 		return nil, err
 	}
-	return id, id.check(dir, cluster, node)
+	old, refused := id, id.check(dir, cluster, node)
+	if refused == nil {
+		return id, nil
+	}
+	if !old.whileUnfounded(fsys, dir, func() { id, err = newIdentity(fsys, dir, cluster, node) }) {
+		return nil, refused
+	}
+	if err != nil {
+		return nil, err
+	}
+	log.Warn("the data_dir was never part of a founded cluster: it takes the names of the configuration", "data_dir", dir, "rule", "never-founded",
+		"cluster_from", old.Cluster, "cluster_to", id.Cluster, "node_from", old.Node, "node_to", id.Node)
+	return id, nil
 }
 
+// newIdentity makes one, durably. Its Raft id was never told to anybody.
+func newIdentity(fsys vfs.FS, dir, cluster string, node ident.Node) (*identity, error) {
+	id := &identity{V: identityVersion, Cluster: cluster, Node: node, RaftID: raftIDOf(node, randomID()[:16])}
+	return id, writeIdentity(fsys, dir, id)
+}
+
+// check refuses other names than those that the data_dir was made under.
 func (id *identity) check(dir, cluster string, node ident.Node) error {
+	const giveUp = "if what it holds is wanted no more, and node %s is no member of cluster %s any more, empty it"
 	if id.Cluster != cluster {
-		return fmt.Errorf("data_dir %s belongs to cluster %q, and the configuration says %q: correct 'cluster' or 'data_dir'", dir, id.Cluster, cluster)
+		return fmt.Errorf("data_dir %s belongs to cluster %q, and the configuration says %q: correct 'cluster' or 'data_dir'; "+giveUp, dir, id.Cluster, cluster, id.Node, id.Cluster)
 	}
 	if id.Node != node {
-		return fmt.Errorf("data_dir %s belongs to node %q, and the configuration says %q: correct 'node' or 'data_dir'", dir, id.Node, node)
+		return fmt.Errorf("data_dir %s belongs to node %q, and the configuration says %q: correct 'node' or 'data_dir'; "+giveUp, dir, id.Node, node, id.Node, id.Cluster)
 	}
 	return nil
+}
+
+// whileUnfounded calls then, unless it is nil, when the data_dir provably was never
+// part of a founded cluster, with its Raft log locked, and reports whether it was so:
+// no bootstrap was begun, no cluster state was seen, no term, vote, entry or snapshot
+// was written, and nothing else lies there. What it promised is then nothing, and to
+// empty it would lose nothing: under a new Raft id it is as good as empty, even if
+// somebody has founded a cluster with the old one, which stays refused until it is
+// replaced. Whatever cannot be read proves nothing.
+func (id *identity) whileUnfounded(fsys vfs.FS, dir string, then func()) bool {
+	if id.ClusterID != "" || len(id.Founding) > 0 {
+		return false
+	}
+	names, err := fsys.List(dir)
+	if err != nil {
+		return false
+	}
+	for _, name := range names {
+		switch name {
+		case identityFile, identityFile + ".new", raftDir, "lost+found":
+		default:
+			return false
+		}
+	}
+	snaps, err := fsys.List(filepath.Join(dir, raftDir, "snapshots"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) || len(snaps) > 0 {
+		return false
+	}
+	names, err = fsys.List(filepath.Join(dir, raftDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	if slices.Contains(names, boltFile) {
+		// It is locked if a daemon runs on it.
+		bolt, err := openBolt(dir)
+		if err != nil {
+			return false
+		}
+		defer func() { _ = bolt.Close() }() // it was only read
+		if has, err := hraft.HasExistingState(bolt, bolt, hraft.NewDiscardSnapshotStore()); err != nil || has {
+			return false
+		}
+	}
+	if then != nil {
+		then()
+	}
+	return true
 }
 
 // errForeign is wrapped by the error of a data_dir whose parts are of two clusters.
@@ -108,7 +176,8 @@ func (id *identity) foreign(dir, other string) error {
 }
 
 // CheckDir refuses a data_dir of another cluster or node before anything is
-// opened; an empty one is as good as ours.
+// opened; an empty one is as good as ours, and so is one that was never part of a
+// founded cluster.
 func CheckDir(fsys vfs.FS, dir, cluster string, node ident.Node) error {
 	id, err := readIdentity(fsys, filepath.Join(dir, identityFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -117,7 +186,11 @@ func CheckDir(fsys vfs.FS, dir, cluster string, node ident.Node) error {
 	if err != nil {
 		return err
 	}
-	return id.check(dir, cluster, node)
+	refused := id.check(dir, cluster, node)
+	if refused != nil && id.whileUnfounded(fsys, dir, nil) {
+		return nil
+	}
+	return refused
 }
 
 func readIdentity(fsys vfs.FS, path string) (*identity, error) {

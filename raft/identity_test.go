@@ -3,6 +3,7 @@ package raft
 import (
 	"errors"
 	"io/fs"
+	"log/slog"
 	"strings"
 	"syscall"
 	"testing"
@@ -34,7 +35,7 @@ func TestIdentityErrorsSayWhatToDo(t *testing.T) {
 			}
 			return nil
 		})
-		_, err := loadIdentity(disk, "/data", "prod", "alpha")
+		_, err := loadIdentity(disk, "/data", "prod", "alpha", slog.New(slog.DiscardHandler))
 		if !errors.Is(err, tc.err) || !strings.Contains(err.Error(), tc.says) || !strings.Contains(err.Error(), "/data/"+identityFile) {
 			t.Errorf("%s, %v: %v", tc.op, tc.err, err)
 		}

@@ -155,7 +155,7 @@ func Open(ctx context.Context, o Options) (*Node, error) {
 	if err := vfs.MakeDir(o.FS, filepath.Join(o.Dir, raftDir)); err != nil {
 		return nil, fileError(o.Dir, fmt.Errorf("make data_dir: %w", err))
 	}
-	id, err := loadIdentity(o.FS, o.Dir, o.Cluster, o.Node)
+	id, err := loadIdentity(o.FS, o.Dir, o.Cluster, o.Node, o.Logger)
 	if err != nil {
 		return nil, err
 	}

@@ -440,7 +440,10 @@ func TestDataDirOfAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestCluster(t)
 		defer c.stop()
-		c.start("alpha")
+		for _, f := range testFounders {
+			c.start(f.Name)
+		}
+		c.waitLeader()
 		c.kill("alpha")
 		o := c.options("alpha")
 		o.Cluster = "test"
@@ -453,6 +456,83 @@ func TestDataDirOfAnother(t *testing.T) {
 			t.Errorf("another node: %v", err)
 		}
 	})
+}
+
+// A data_dir that was made under a wrong name, and with which nothing was founded,
+// takes the right one, as a new node; one that holds anything does not.
+func TestNamesCorrectedBeforeTheFounding(t *testing.T) {
+	for what, tc := range map[string]struct {
+		wrong   func(*Options)
+		spoil   func(t *testing.T, o Options)
+		refused bool
+	}{
+		"cluster": {wrong: func(o *Options) { o.Cluster = "prud" }},
+		"node":    {wrong: func(o *Options) { o.Node = "gama" }},
+		"it has voted": {
+			wrong: func(o *Options) { o.Cluster = "prud" }, refused: true,
+			spoil: func(t *testing.T, o Options) { setTerm(t, o.Dir, 1) },
+		},
+		"it has replicas": {
+			wrong: func(o *Options) { o.Cluster = "prud" }, refused: true,
+			spoil: func(t *testing.T, o Options) {
+				if err := os.MkdirAll(filepath.Join(o.Dir, "volumes", "1"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			},
+		},
+		"its Raft log cannot be read": {
+			wrong: func(o *Options) { o.Cluster = "prud" }, refused: true,
+			spoil: func(t *testing.T, o Options) {
+				if err := os.WriteFile(filepath.Join(o.Dir, raftDir, boltFile), make([]byte, 1<<16), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			},
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newTestCluster(t)
+				defer c.stop()
+				c.start("alpha")
+				c.start("beta")
+				wrong := c.options("gamma")
+				wrong.Address = "gamma:1"
+				tc.wrong(&wrong)
+				n, err := Open(t.Context(), wrong)
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(2 * foundingEvery)
+				id := n.RaftID()
+				if err := n.Shutdown(); err != nil {
+					t.Fatal(err)
+				}
+				right := c.options("gamma")
+				if tc.spoil != nil {
+					tc.spoil(t, right)
+				}
+				err = CheckDir(fsOf(&right), right.Dir, right.Cluster, right.Node)
+				if tc.refused {
+					if err == nil || !strings.Contains(err.Error(), `"prud"`) {
+						t.Errorf("CheckDir: %v", err)
+					}
+					if _, err := Open(t.Context(), right); err == nil || !strings.Contains(err.Error(), `"prud"`) {
+						t.Errorf("Open: %v", err)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n = c.start("gamma"); n.RaftID() == id || nodeOf(n.RaftID()) != "gamma" {
+					t.Errorf("Raft id %s, was %s", n.RaftID(), id)
+				}
+				if got := len(c.waitLeader().State().Nodes); got != 3 {
+					t.Errorf("%d nodes", got)
+				}
+			})
+		})
+	}
 }
 
 // A cluster.json that names another cluster than the Raft log beside it is
@@ -489,7 +569,7 @@ func TestForeignClusterID(t *testing.T) {
 			}
 			c.kill("beta")
 			o := c.options("beta")
-			id, err := loadIdentity(fsOf(&o), o.Dir, o.Cluster, o.Node)
+			id, err := loadIdentity(fsOf(&o), o.Dir, o.Cluster, o.Node, o.Logger)
 			if err != nil || id.ClusterID != own {
 				t.Fatalf("%+v, %v", id, err)
 			}
@@ -533,7 +613,7 @@ func TestFoundingIsEndedAfterACrash(t *testing.T) {
 				c.kill(f.Name)
 			}
 			o := c.options("alpha")
-			id, err := loadIdentity(fsOf(&o), o.Dir, o.Cluster, o.Node)
+			id, err := loadIdentity(fsOf(&o), o.Dir, o.Cluster, o.Node, o.Logger)
 			if err != nil {
 				t.Fatal(err)
 			}
