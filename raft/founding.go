@@ -31,7 +31,10 @@ type FoundInfo struct {
 	ClusterID string     `json:"cluster_id"` // "" before it is known
 	Founded   bool       `json:"founded"`    // it has Raft state: a cluster was founded
 	Members   []string   `json:"members"`    // Raft ids of the configuration it knows
-	Founders  []string   `json:"founders"`   // NAME@ADDRESS of its configuration, sorted
+	// Addresses are those of Members, in their order; null from a release that does
+	// not tell.
+	Addresses []string `json:"addresses"`
+	Founders  []string `json:"founders"` // NAME@ADDRESS of its configuration, sorted
 	// Witnesses are the names of those of them that store nothing, sorted; null from
 	// a release that does not tell.
 	Witnesses []string `json:"witnesses"`
@@ -69,8 +72,9 @@ func (n *Node) FoundInfo() FoundInfo {
 	n.idMu.Unlock()
 	info := FoundInfo{
 		Node: id.Node, RaftID: id.RaftID, Cluster: id.Cluster, ClusterID: n.clusterID(),
-		Members: n.members(), Founders: n.founderList(), Witnesses: n.witnesses(),
+		Founders: n.founderList(), Witnesses: n.witnesses(),
 	}
+	info.Members, info.Addresses = n.memberAddresses()
 	info.Founded = done || len(info.Members) > 0 || len(id.Founding) > 0 || id.ClusterID != ""
 	return info
 }
@@ -103,15 +107,22 @@ func (n *Node) setFounding(s FoundingStatus) {
 
 // members lists the Raft ids of the configuration that this node knows.
 func (n *Node) members() []string {
+	ids, _ := n.memberAddresses()
+	return ids
+}
+
+// memberAddresses lists the Raft ids of the configuration that this node knows, and
+// the address of each.
+func (n *Node) memberAddresses() (ids, addresses []string) {
 	f := n.raft.GetConfiguration()
 	if f.Error() != nil {
-		return nil
+		return nil, nil
 	}
-	var out []string
 	for _, s := range f.Configuration().Servers {
-		out = append(out, string(s.ID))
+		_, address := splitAddress(s.Address)
+		ids, addresses = append(ids, string(s.ID)), append(addresses, address)
 	}
-	return out
+	return ids, addresses
 }
 
 func (n *Node) founderList() []string {
@@ -350,7 +361,7 @@ func (n *Node) judgeFounded(infos map[ident.Node]FoundInfo) (FoundingStatus, boo
 	}
 	for _, i := range founded {
 		for _, m := range i.Members {
-			if nodeOf(m) == n.opts.Node {
+			if NodeOf(m) == n.opts.Node {
 				return FoundingStatus{Refused: fmt.Errorf("the data_dir %s is new, but %s says that cluster %s knows node %s with another one (%s): "+
 					"it does not vote twice; run 'blockstep node replace %s' on another node", n.opts.Dir, i.Node, n.opts.Cluster, n.opts.Node, m, n.opts.Node)}, true
 			}
@@ -372,7 +383,7 @@ func (n *Node) bootstrap(infos map[ident.Node]FoundInfo) error {
 		if f.Name != n.opts.Node {
 			id = infos[f.Name].RaftID
 		}
-		if nodeOf(id) != f.Name {
+		if NodeOf(id) != f.Name {
 			return fmt.Errorf("node %s gave the Raft id %q, which is not its own", f.Name, id)
 		}
 		servers = append(servers, foundingServer{RaftID: id, Address: f.Address})

@@ -52,8 +52,8 @@ type foundingServer struct {
 // raftIDOf joins a name and a random part; '/' is in no name.
 func raftIDOf(node ident.Node, random string) string { return string(node) + "/" + random }
 
-// nodeOf gives the name in a Raft id.
-func nodeOf(raftID string) ident.Node {
+// NodeOf gives the name in a Raft id.
+func NodeOf(raftID string) ident.Node {
 	name, _, _ := strings.Cut(raftID, "/")
 	return ident.Node(name)
 }
@@ -217,7 +217,7 @@ func readIdentity(fsys vfs.FS, path string) (*identity, error) {
 	if id.V > identityVersion {
 		return nil, fmt.Errorf("%s has version %d, this build knows %d: upgrade blockstep on this node", path, id.V, identityVersion)
 	}
-	if id.V < 1 || id.RaftID == "" || id.Node == "" || nodeOf(id.RaftID) != id.Node {
+	if id.V < 1 || id.RaftID == "" || id.Node == "" || NodeOf(id.RaftID) != id.Node {
 		return nil, fmt.Errorf("%s is damaged: it names no node and Raft id", path)
 	}
 	return &id, nil

@@ -81,7 +81,7 @@ func (n *Node) nameCluster(ctx context.Context) error {
 	p := &state.InitCluster{Cluster: n.opts.Cluster, ClusterID: randomID()}
 	for _, s := range f.Configuration().Servers {
 		_, address := splitAddress(s.Address)
-		name := nodeOf(string(s.ID))
+		name := NodeOf(string(s.ID))
 		node := state.Node{Name: name, Address: address, RaftID: string(s.ID)}
 		for _, fo := range n.opts.Founders {
 			if fo.Name == name {

@@ -340,7 +340,7 @@ func (n *Node) Leader() (name ident.Node, address string) {
 		return "", ""
 	}
 	_, address = splitAddress(addr)
-	return nodeOf(string(id)), address
+	return NodeOf(string(id)), address
 }
 
 // Term is hashicorp/raft's current term at this node: it rises with each

@@ -524,7 +524,7 @@ func TestNamesCorrectedBeforeTheFounding(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if n = c.start("gamma"); n.RaftID() == id || nodeOf(n.RaftID()) != "gamma" {
+				if n = c.start("gamma"); n.RaftID() == id || NodeOf(n.RaftID()) != "gamma" {
 					t.Errorf("Raft id %s, was %s", n.RaftID(), id)
 				}
 				if got := len(c.waitLeader().State().Nodes); got != 3 {

@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/raft"
+	"github.com/blockstep/blockstep/raft/state"
 )
 
 const (
@@ -53,41 +56,112 @@ func (d *Daemon) runMembership(ctx context.Context) {
 	}
 }
 
-// othersKnowUsNot reports whether a majority of the other nodes that this one knows say
-// that it is not in their Raft configuration, and none says that it is.
+// othersKnowUsNot asks all nodes that this one can name, and those that they name,
+// whether it is a member; judgeRemoved is the rule.
 func (d *Daemon) othersKnowUsNot(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, askNode)
-	defer cancel()
-	own := d.raft.RaftID()
-	var mu sync.Mutex
-	var wg sync.WaitGroup
-	without, with := 0, 0
-	others := map[ident.Node]string{}
-	for name, m := range d.state().Nodes {
-		others[name] = m.Address
+	own := d.raft.FoundInfo()
+	known := map[ident.Node]string{}
+	for i, id := range own.Members {
+		// After a restart raft applies its log only when a leader says how far, and
+		// the nodes of the configuration are the founders, at the best.
+		known[raft.NodeOf(id)] = own.Addresses[i]
 	}
-	if len(others) == 0 {
-		// After a restart raft applies its log only when a leader says how far.
-		for _, n := range d.cfg.Nodes {
-			others[ident.Node(n.Name)] = n.Address
+	for name, m := range d.state().Nodes {
+		known[name] = m.Address
+	}
+	ask := maps.Clone(known)
+	for _, n := range d.cfg.Nodes {
+		if _, ok := known[ident.Node(n.Name)]; !ok {
+			ask[ident.Node(n.Name)] = n.Address
 		}
 	}
-	delete(others, d.self)
-	for name, address := range others {
+	if len(known) == 0 {
+		known = maps.Clone(ask)
+	}
+	words := d.askAll(ctx, ask, nil)
+	named := map[ident.Node]string{}
+	for _, w := range words {
+		for i, id := range w.Members {
+			if name := raft.NodeOf(id); i < len(w.Addresses) && len(named) < state.NodesMax {
+				named[name] = w.Addresses[i]
+			}
+		}
+	}
+	words = d.askAll(ctx, named, words)
+	return judgeRemoved(d.self, own, slices.Collect(maps.Keys(known)), words)
+}
+
+// askAll adds the words of nodes on the founding to those that it has of others.
+func (d *Daemon) askAll(ctx context.Context, nodes map[ident.Node]string, words map[ident.Node]raft.FoundInfo) map[ident.Node]raft.FoundInfo {
+	ctx, cancel := context.WithTimeout(ctx, askNode)
+	defer cancel()
+	out := map[ident.Node]raft.FoundInfo{}
+	maps.Copy(out, words)
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for name, address := range nodes {
+		if _, ok := words[name]; ok || name == d.self {
+			continue
+		}
 		wg.Go(func() {
 			info, err := d.Founding(ctx, name, address)
-			if err != nil || !info.Founded || len(info.Members) == 0 {
+			if err != nil {
 				return
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if slices.Contains(info.Members, own) {
-				with++
-			} else {
-				without++
-			}
+			out[name] = info
 		})
 	}
 	wg.Wait()
-	return with == 0 && 2*without > len(others)
+	return out
+}
+
+// judgeRemoved reports whether the words of others prove that a node is no member of
+// their cluster: nobody has it in its Raft configuration, and of the other nodes that
+// it knows as members, or of those that one of the others knows as such, a majority
+// has a configuration without it. A configuration with it was committed only by a
+// majority of these: so few that lag behind it, or are cut off, are never a majority.
+// A cluster of another id counts where most of the known ones are of it: after a
+// recovery of the others that is what they are (ADR 0020), and what this node knew is
+// no more. Whom strangers name says nothing.
+func judgeRemoved(self ident.Node, own raft.FoundInfo, known []ident.Node, words map[ident.Node]raft.FoundInfo) bool {
+	without := map[ident.Node]bool{}
+	for name, w := range words {
+		switch {
+		case !w.Founded || len(w.Members) == 0:
+		case slices.Contains(w.Members, own.RaftID):
+			return false
+		default:
+			without[name] = true
+		}
+	}
+	majority := func(of []ident.Node) bool {
+		n := 0
+		for _, name := range of {
+			if without[name] {
+				n++
+			}
+		}
+		return 2*n > len(of)
+	}
+	if majority(slices.DeleteFunc(slices.Clone(known), func(n ident.Node) bool { return n == self })) {
+		return true
+	}
+	for name, w := range words {
+		if !without[name] || own.ClusterID != w.ClusterID {
+			delete(without, name)
+		}
+	}
+	for name := range without {
+		var members []ident.Node
+		for _, id := range words[name].Members {
+			// Also one of our name: another data_dir has taken our place then.
+			members = append(members, raft.NodeOf(id))
+		}
+		if majority(members) {
+			return true
+		}
+	}
+	return false
 }
