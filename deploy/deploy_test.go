@@ -263,3 +263,99 @@ func TestAlerts(t *testing.T) {
 		t.Errorf("%d alerts with %d pages; one for when all is silent: %v", alerts, pages, silence)
 	}
 }
+
+// fakeBinaries makes programs that answer as blockstep does to who makes packages.
+func fakeBinaries(t *testing.T, version string) string {
+	t.Helper()
+	dir := t.TempDir()
+	script := "#!/bin/sh\ncase $1 in\nversion) echo 'blockstep " + version + "' ;;\ncompletion) echo complete ;;\nman) mkdir -p \"$3\" && echo page >\"$3/blockstep.1\" ;;\nesac\n"
+	for _, name := range []string{"blockstep", "blockstepd"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func run(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_COMMITTER_DATE=2026-02-03T04:05:06+0200",
+		"GIT_COMMITTER_NAME=x", "GIT_COMMITTER_EMAIL=x@example.org", "GIT_AUTHOR_NAME=x", "GIT_AUTHOR_EMAIL=x@example.org")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%q: %v\n%s", args, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// TestPackagedDocs: on a host that has the package, what its pages, the alerts and the
+// dashboard name is there.
+func TestPackagedDocs(t *testing.T) {
+	root := t.TempDir()
+	run(t, ".", "./stage.sh", fakeBinaries(t, "v1.0.0"), root, "lib")
+	doc := filepath.Join(root, "usr/share/doc/blockstep")
+	if info, err := os.Stat(filepath.Join(doc, "docs/examples/blockstep-backup")); err != nil || info.Mode()&0o100 == 0 {
+		t.Errorf("the example of a backup: %v, %v", info, err)
+	}
+	link := regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`)
+	path := regexp.MustCompile(`\b(?:docs|deploy)/[A-Za-z0-9_./-]*[A-Za-z0-9_]`)
+	links := 0
+	err := filepath.WalkDir(doc, func(file string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		text := read(t, file)
+		if filepath.Ext(file) == ".md" {
+			for _, l := range link.FindAllStringSubmatch(text, -1) {
+				links++
+				if _, err := os.Stat(filepath.Join(filepath.Dir(file), l[1])); err != nil {
+					t.Errorf("%s has a link to %s: %v", file, l[1], err)
+				}
+			}
+		}
+		for _, p := range path.FindAllString(text, -1) {
+			// CONTRIBUTING.md and the decisions are about the sources.
+			if _, err := os.Stat(filepath.Join(doc, p)); err != nil && strings.HasPrefix(p, "docs/") {
+				t.Errorf("%s names %s: %v", file, p, err)
+			}
+		}
+		return nil
+	})
+	if err != nil || links < 50 {
+		t.Errorf("%d links, %v: does this test still find them?", links, err)
+	}
+}
+
+// TestPackageVersion: the version of a package rises with each commit, whatever its
+// hash is, and is below that of any release.
+func TestPackageVersion(t *testing.T) {
+	repo := t.TempDir()
+	if err := os.WriteFile(filepath.Join(repo, "version.sh"), []byte(read(t, "version.sh")), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	run(t, repo, "git", "init", "-q", ".")
+	run(t, repo, "git", "commit", "-q", "--allow-empty", "-m", "x")
+	hash := run(t, repo, "git", "rev-parse", "--short=9", "HEAD")
+	for said, want := range map[string]string{
+		"v1.2.0":                   "1.2.0",
+		"v1.2.0-rc1":               "1.2.0~rc1",
+		"v1.2.0-17-g0123abcd":      "1.2.0+17.g0123abcd",
+		"v1.2.0-rc1-17-g0123abcd":  "1.2.0~rc1+17.g0123abcd",
+		"v1.2.0-1-g0123abc-dirty":  "1.2.0+1.g0123abc+dirty",
+		hash:                       "0~git20260203020506." + hash,
+		hash + "-dirty":            "0~git20260203020506." + hash + "+dirty",
+		"devel-" + hash:            "0~git20260203020506." + hash,
+		"12345678 (of something)":  "0~git[0-9]{14}.12345678",
+		"devel":                    "0~git[0-9]{14}",
+		"devel-ffffffffffff-dirty": "0~git[0-9]{14}.ffffffffffff+dirty",
+	} {
+		got := run(t, repo, "./version.sh", fakeBinaries(t, said))
+		pattern := regexp.QuoteMeta(want)
+		pattern = strings.ReplaceAll(pattern, regexp.QuoteMeta("[0-9]{14}"), "[0-9]{14}")
+		if !regexp.MustCompile("^" + pattern + "$").MatchString(got) {
+			t.Errorf("%s: %s, want %s", said, got, want)
+		}
+	}
+}

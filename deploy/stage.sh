@@ -17,12 +17,15 @@ put 0644 "$top/systemd/blockstep.modules-load.conf" usr/lib/modules-load.d/block
 put 0644 "$top/systemd/60-blockstep.rules" "$lib/udev/rules.d/60-blockstep.rules"
 put 0644 "$top/systemd/blockstepd.default" etc/default/blockstepd
 put 0644 "$top/systemd/blockstep.yaml" usr/share/doc/blockstep/examples/blockstep.yaml
-put 0644 "$top/README.md" usr/share/doc/blockstep/README.md
-for page in "$top"/docs/*.md; do # the runbooks point to them
-	put 0644 "$page" "usr/share/doc/blockstep/$(basename "$page")"
+# The documentation as it lies here: the pages, the alerts and the messages name one
+# another by these paths.
+for page in README.md CHANGELOG.md CONTRIBUTING.md raft/DESIGN.md replication/DESIGN.md; do
+	put 0644 "$top/$page" "usr/share/doc/blockstep/$page"
 done
-for page in "$top"/docs/runbooks/*.md; do
-	put 0644 "$page" "usr/share/doc/blockstep/runbooks/$(basename "$page")"
+(cd "$top" && find docs deploy/prometheus deploy/grafana deploy/ansible deploy/container -type f) | while read -r page; do
+	mode=0644
+	[ ! -x "$top/$page" ] || mode=0755
+	put $mode "$top/$page" "usr/share/doc/blockstep/$page"
 done
 
 # From the commands themselves.

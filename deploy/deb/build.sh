@@ -3,8 +3,7 @@
 set -eu
 bin=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)
-version=$("$bin/blockstep" version 2>/dev/null | sed -n 's/^blockstep v\{0,1\}\([0-9][^ ]*\).*/\1/p' | tr -- - '~')
-version=${VERSION:-${version:-0.0.1}}
+version=${VERSION:-$("$here/../version.sh" "$bin")}
 arch=$(dpkg --print-architecture)
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT

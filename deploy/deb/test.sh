@@ -26,6 +26,8 @@ check -f "$r/lib/systemd/system/blockstepd.service"
 check -f "$r/lib/systemd/system/blockstep.socket"
 check -s "$r/usr/share/bash-completion/completions/blockstep"
 "$r/usr/sbin/blockstepd" --check-config --config "$r/usr/share/doc/blockstep/examples/blockstep.yaml" --node alpha
+check -x "$r/usr/share/doc/blockstep/docs/examples/blockstep-backup"
+check -f "$r/usr/share/doc/blockstep/docs/runbooks/disk-failed.md"
 check -n "$(grep '^blockstep:' "$r/etc/group")"
 "$r/usr/bin/blockstep" version >/dev/null
 (cd "$r" && grep -v '^$' var/lib/dpkg/info/blockstep.md5sums | md5sum -c --quiet -)

@@ -4,9 +4,7 @@ set -eu
 bin=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)
 command -v rpmbuild >/dev/null || { echo "build.sh: rpmbuild is missing: apt-get install --no-install-recommends rpm" >&2; exit 1; }
-# A version has no dash; ~ sorts before the release that it leads to.
-version=$("$bin/blockstep" version 2>/dev/null | sed -n 's/^blockstep v\{0,1\}\([0-9][^ ]*\).*/\1/p' | tr -- - '~')
-version=${VERSION:-${version:-0.0.1}}
+version=${VERSION:-$("$here/../version.sh" "$bin")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 0755 "$work"
