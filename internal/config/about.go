@@ -5,6 +5,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 )
@@ -66,16 +67,19 @@ var abouts = map[string]about{
 	"failover.auto":       {help: "replace a dead primary without an operator", live: true},
 }
 
-// KeyInfo describes a key for the manual and the example.
+// KeyInfo describes a key for the manual and docs/configuration.md.
 type KeyInfo struct {
 	Name, Help, Allowed, Default, Env, Live string
+
+	Range       string // unit and bounds, or the words that are allowed; "" where Help says it
+	ChangesLive bool
 }
 
 // Keys lists all keys in the order of the table.
 func Keys() []KeyInfo {
 	var out []KeyInfo
 	for _, k := range keys {
-		i := KeyInfo{Name: k.name, Help: abouts[k.name].help, Env: "environment: " + envName(k.name), Live: "needs a restart"}
+		i := KeyInfo{Name: k.name, Help: abouts[k.name].help, Env: "environment: " + envName(k.name), Live: "needs a restart", Range: k.bounds(), ChangesLive: abouts[k.name].live}
 		if k.kind == kindNodes {
 			i.Env += ", as YAML"
 		}
@@ -93,9 +97,9 @@ func Keys() []KeyInfo {
 		}
 		switch k.kind {
 		case kindSize:
-			i.Allowed = "a size, for example 64MiB"
+			i.Allowed = "a size, for example 64MiB; " + i.Range
 		case kindDuration:
-			i.Allowed = "a duration, for example 1500ms or 2m"
+			i.Allowed = "a duration, for example 1500ms or 2m; " + i.Range
 		case kindInt:
 			i.Allowed = fmt.Sprintf("%d to %d", k.min, k.max)
 		case kindBool:
@@ -107,6 +111,37 @@ func Keys() []KeyInfo {
 		out = append(out, i)
 	}
 	return out
+}
+
+// bounds words what a key may be.
+func (k key) bounds() string {
+	switch k.kind {
+	case kindSize:
+		if k.max == unbounded {
+			return fmt.Sprintf("bytes, %d or more", k.min)
+		}
+		return "bytes, " + FormatSize(k.min) + " to " + FormatSize(k.max)
+	case kindDuration:
+		ms := func(n int64) string {
+			d := (time.Duration(n) * time.Millisecond).String()
+			if strings.HasSuffix(d, "m0s") {
+				d = strings.TrimSuffix(d, "0s")
+			}
+			if strings.HasSuffix(d, "h0m") {
+				d = strings.TrimSuffix(d, "0m")
+			}
+			return d
+		}
+		return "time, " + ms(k.min) + " to " + ms(k.max)
+	case kindInt:
+		return fmt.Sprintf("%d to %d", k.min, k.max)
+	case kindBool:
+		return "`true`, `false`"
+	case kindEnum:
+		return "`" + strings.Join(k.allowed, "`, `") + "`"
+	case kindString, kindListeners, kindNodes:
+	}
+	return ""
 }
 
 // DaemonFlags adds all flags of blockstepd to fs: what it does, and Flags.
