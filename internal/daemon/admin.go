@@ -27,6 +27,8 @@ const (
 	changeTime = 30 * time.Second
 	// forceTime bounds a failover: it may wait for leases to run out.
 	forceTime = 60 * time.Second
+	// electionTime is for how long a failover waits for a Raft leader: some elections.
+	electionTime = 10 * time.Second
 	// searchTime is how long after its start a node is taken to be looking for the
 	// cluster still: some elections. readyTime is for how much of it one request
 	// waits: shorter than the shortest look of the command.
@@ -481,6 +483,17 @@ func (b backend) checkNode(name string) error {
 	return control.Errorf(control.CodeNotFound, "the nodes are "+strings.Join(names, ", "), "there is no node %q", name)
 }
 
+// awaitLeader waits for as long as an election of a Raft leader may take: where a
+// majority of the nodes is gone, to wait longer for one is to be silent for nothing.
+func (b backend) awaitLeader(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, electionTime)
+	defer cancel()
+	if b.d.until(ctx, func(*state.State) bool { leader, _ := b.d.raft.Leader(); return leader != "" }) {
+		return nil
+	}
+	return noLeader()
+}
+
 // Failover implements control.Backend.
 func (b backend) Failover(ctx context.Context, name string, r control.Failover) (control.FailoverResult, error) {
 	var none control.FailoverResult
@@ -492,6 +505,9 @@ func (b backend) Failover(ctx context.Context, name string, r control.Failover) 
 	}
 	if r.Force != r.AcceptDataLoss {
 		return none, control.Errorf(control.CodeUsage, "give both, or neither", "force and accept_data_loss go together")
+	}
+	if err := b.awaitLeader(ctx); err != nil {
+		return none, err
 	}
 	if err := b.checkTarget(ctx, sv, r.To); err != nil {
 		return none, err
