@@ -45,3 +45,30 @@ func TestInvitation(t *testing.T) {
 		t.Errorf("%+v, %v", inv, err)
 	}
 }
+
+// TestNewAddress: a node that is to join has an address of its own, at which others can
+// reach it; with a token nobody asks it there before.
+func TestNewAddress(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
+	for address, says := range map[string]string{
+		"0.0.0.0:7700":                        "is no address that other nodes can reach",
+		"[::]:7700":                           "is no address that other nodes can reach",
+		"10.1.0.4":                            "is not HOST:PORT",
+		nodes["beta"].config().Self().Address: "is the address of node beta",
+	} {
+		for _, token := range []bool{false, true} {
+			r := control.AddNode{Name: "delta", Address: address, Token: token}
+			if token {
+				r.TokenSeconds = 60
+			}
+			var e *control.Error
+			if out, err := alpha.client.AddNode(t.Context(), r); !errors.As(err, &e) || !strings.Contains(e.Message, says) || e.Next == "" {
+				t.Errorf("%s, token %v: %+v, %v", address, token, out, err)
+			}
+		}
+	}
+	if out, err := alpha.client.AddNode(t.Context(), control.AddNode{Name: "delta", Address: freeAddress(t), Token: true, TokenSeconds: 60}); err != nil || out.Token == "" {
+		t.Errorf("an address of its own: %+v, %v", out, err)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -215,6 +216,24 @@ func foreignTo(st *state.State, info raft.FoundInfo) string {
 	return ""
 }
 
+// checkNewAddress refuses an address at which the others could never reach the node.
+func checkNewAddress(st *state.State, r control.AddNode) error {
+	host, port, err := config.SplitAddress(r.Address, false)
+	if err != nil {
+		return control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		return control.Errorf(control.CodeUsage, fmt.Sprintf("write the address of %s itself, like --address 10.1.0.4:%s", r.Name, port), "%s is no address that other nodes can reach", r.Address)
+	}
+	for _, name := range st.NodeNames() {
+		if n := st.Nodes[name]; string(name) != r.Name && n.Address == r.Address {
+			return control.Errorf(control.CodeRefused, fmt.Sprintf("write the address of %s itself; if %s is gone for good and %s has its address: blockstep node remove %s first", r.Name, name, r.Name, name),
+				"%s is the address of node %s", r.Address, name)
+		}
+	}
+	return nil
+}
+
 // AddNode implements control.Backend.
 func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedNode, error) {
 	out := control.AddedNode{Name: r.Name, Address: r.Address, Witness: r.Witness}
@@ -224,8 +243,8 @@ func (b backend) AddNode(ctx context.Context, r control.AddNode) (control.AddedN
 	if err := config.CheckName("node", r.Name); err != nil {
 		return out, control.Errorf(control.CodeUsage, "", "%v", err)
 	}
-	if _, _, err := config.SplitAddress(r.Address, false); err != nil {
-		return out, control.Errorf(control.CodeUsage, "write it like --address 10.1.0.4:7700", "%v", err)
+	if err := checkNewAddress(b.d.state(), r); err != nil {
+		return out, err
 	}
 	if n := b.d.state().Nodes[ident.Node(r.Name)]; n != nil {
 		out.Already = true
