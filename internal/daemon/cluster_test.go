@@ -540,6 +540,10 @@ func TestAReplacedNode(t *testing.T) {
 	if got := victim.read("db@gamma", 0, 8); string(got) != "precious" {
 		t.Errorf("the replaced replica has %q", got)
 	}
+	// Nobody is told to do what happens by itself.
+	if text := victim.log.String(); strings.Contains(text, "blockstep invalidate db") {
+		t.Error("its log tells to invalidate the replica that is made anew")
+	}
 }
 
 // TestANodeOfAnotherCluster: neither node add nor node replace takes in what is a

@@ -111,7 +111,11 @@ func (d *Daemon) runVolume(ctx context.Context, id ident.Volume, wake <-chan str
 			retry = timer.C
 			if said != err.Error() && !errors.Is(err, errNotCurrent) {
 				said = err.Error()
-				d.log.Error("volume cannot be opened as it should", "volume", d.volumeName(id), "err", err)
+				if errors.Is(err, errStillInSet) {
+					d.log.Info("the replica here waits to be made anew", "volume", d.volumeName(id), "reason", err)
+				} else {
+					d.log.Error("volume cannot be opened as it should", "volume", d.volumeName(id), "err", err)
+				}
 			}
 		}
 		d.setProblem(id, err)
@@ -370,6 +374,11 @@ func (d *Daemon) invalidated(id ident.Volume, rep *state.Replica) bool {
 	return err == nil && local == rep.Replica
 }
 
+// errStillInSet is returned (wrapped) where a replica that has failed is to be made
+// anew, and cannot be yet: for a moment after node replace, or for as long as there is
+// no primary.
+var errStillInSet = errors.New("a new one is made by itself once the in-sync set is without the old one")
+
 // replicaOptions finds this node's replica, making and registering it when the
 // cluster state expects a new one. It never makes one in the place of another
 // that the cluster counts on: an empty disk must not answer for a full one.
@@ -406,6 +415,8 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 		// Made, and not registered before the last stop.
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("reading the replica in %s: %w", dir, err)
+	case rep.Replica != 0 && rep.Failed && !replace:
+		return nil, fmt.Errorf("the replica that was in %s is gone (%s): %w", dir, rep.Reason, errStillInSet)
 	case rep.Replica != 0 && !replace:
 		return nil, fmt.Errorf("the replica that was in %s is gone (the disk was wiped or replaced); it does not count until it is copied anew: blockstep invalidate %s --node %s", dir, sv.Name, d.self)
 	default:
