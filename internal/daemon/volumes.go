@@ -171,6 +171,13 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 		return nil
 	case rep == nil:
 		return d.removeReplicaDir(sv.ID)
+	case v.replica.Load() && rep.Replica == 0 && d.isCurrent():
+		// It was removed and is wanted again, and was open before that was seen here.
+		local, err := d.localReplica(d.replicaDir(sv.ID))
+		if err != nil {
+			return err
+		}
+		return d.register(ctx, sv, local, false)
 	case v.replica.Load():
 		return nil
 	}
