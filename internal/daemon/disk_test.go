@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -22,6 +23,7 @@ type faults struct {
 	mu   sync.Mutex
 	rule func(vfs.Call) error // nil: a good disk
 	held chan struct{}        // closed when the calls that hang may go on
+	hung atomic.Int64         // calls that hang
 }
 
 // over lays the faults over a file system; nil has none.
@@ -30,28 +32,34 @@ func (f *faults) over(fs vfs.FS) vfs.FS {
 		return fs
 	}
 	return vfs.Inject(fs, func(c vfs.Call) error {
-		f.mu.Lock()
-		rule, held := f.rule, f.held
-		f.mu.Unlock()
-		if rule == nil {
-			return nil
-		}
-		err := rule(c)
-		if errors.Is(err, errHang) {
+		for {
+			f.mu.Lock()
+			rule, held := f.rule, f.held
+			f.mu.Unlock()
+			if rule == nil {
+				return nil
+			}
+			err := rule(c)
+			if !errors.Is(err, errHang) {
+				return err
+			}
+			f.hung.Add(1)
 			<-held
-			return nil
+			f.hung.Add(-1)
 		}
-		return err
 	})
 }
 
-// errHang makes a call wait until the fault is taken back.
+// errHang makes a call wait until the fault is taken back, or is another one.
 var errHang = errors.New("test: the disk hangs")
 
 // on makes calls of these kinds on files with this in their path end so.
 func (f *faults) on(err error, part string, ops ...vfs.Op) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.rule != nil {
+		close(f.held)
+	}
 	f.held = make(chan struct{})
 	f.rule = func(c vfs.Call) error {
 		for _, op := range ops {
@@ -338,8 +346,21 @@ func TestEveryDiskFails(t *testing.T) {
 	}
 	stop := beta.pusher()
 	defer stop()
-	for _, name := range []string{"alpha", "beta", "gamma"} {
-		nodes[name].faults.on(syscall.EIO, "/log/", vfs.OpSync)
+	// Each is at an fsync when they fail: with two of them gone the third gets nothing
+	// more that it could fail with.
+	for _, n := range nodes {
+		n.faults.on(errHang, "/log/", vfs.OpSync)
+	}
+	for _, n := range nodes {
+		n.eventually(20*time.Second, "it fsyncs its log", func(context.Context) error {
+			if n.faults.hung.Load() == 0 {
+				return errors.New("it does not")
+			}
+			return nil
+		})
+	}
+	for _, n := range nodes {
+		n.faults.on(syscall.EIO, "/log/", vfs.OpSync)
 	}
 	for _, name := range []string{"alpha", "beta", "gamma"} {
 		beta.sees(name, control.Failed, "input/output error")
