@@ -287,8 +287,8 @@ func (s *Sim) checkHealed() {
 		return
 	}
 	v := s.cl.vol()
-	s.fail("I8", "healed for %s and still: %s\n  cluster: epoch %d primary %s at %v inc %d set %v version %d generation %d%s",
-		clock(s.opt.HealFor), why, v.Epoch, v.Primary, v.PrimaryPosition, v.PrimaryIncarnation, v.InSync, v.SetVersion, v.Generation, s.states())
+	s.fail("I8", "healed for %s and still: %s\n  cluster: epoch %d primary %s at %v inc %d set %v version %d generation %d replicas %+v%s",
+		clock(s.opt.HealFor), why, v.Epoch, v.Primary, v.PrimaryPosition, v.PrimaryIncarnation, v.InSync, v.SetVersion, v.Generation, v.Replicas, s.states())
 }
 
 // checkMost heals the one who is away once the others have served everybody at
