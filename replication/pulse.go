@@ -103,22 +103,13 @@ func (p *Pulse) runLate(ctx context.Context, late *time.Timer) {
 }
 
 func (p *Pulse) runStallWatch(ctx context.Context) {
-	timer := time.NewTimer(untilNext(p.clock, p.looks))
-	defer timer.Stop()
 	var list []*replica
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-timer.C:
-			timer.Reset(untilNext(p.clock, p.looks))
-		}
+	forEach(ctx, p.clock, p.looks, func(now core.Instant) {
 		list = p.replicas(list[:0])
-		now := p.clock.Boot()
 		for _, rp := range list {
 			rp.watchStall(now, p.looks)
 		}
-	}
+	})
 }
 
 func (p *Pulse) replicas(dst []*replica) []*replica {

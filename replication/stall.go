@@ -45,15 +45,20 @@ func (rp *replica) oldest() (what string, since core.Instant) {
 func (rp *replica) runStallWatch(ctx context.Context) {
 	defer rp.wg.Done()
 	every := rp.opt.StallTimeout / stallLooks
-	timer := time.NewTimer(untilNext(rp.clock, every))
+	forEach(ctx, rp.clock, every, func(now core.Instant) { rp.watchStall(now, every) })
+}
+
+// forEach calls look each time that the clock is a multiple of every, until ctx ends.
+func forEach(ctx context.Context, clock Clock, every time.Duration, look func(now core.Instant)) {
+	timer := time.NewTimer(untilNext(clock, every))
 	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-timer.C:
-			timer.Reset(untilNext(rp.clock, every))
-			rp.watchStall(rp.clock.Boot(), every)
+			timer.Reset(untilNext(clock, every))
+			look(clock.Boot())
 		}
 	}
 }

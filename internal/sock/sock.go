@@ -190,11 +190,11 @@ func (c *Conn) read(p []byte, flags int) (int, error) {
 		if err := c.prepare(); err != nil {
 			return 0, err
 		}
-		n, full, errno := c.recv(p, flags)
+		n, errno := c.recv(p, flags)
 		if n > 0 && c.busy && !c.full {
 			c.came()
 		}
-		c.full = full
+		c.full = n == len(p)
 		switch {
 		case n > 0:
 			return n, nil
@@ -213,17 +213,16 @@ func (c *Conn) read(p []byte, flags int) (int, error) {
 	return 0, nil
 }
 
-// recv is recvfrom(2) without an address; full if it took all there was room for.
-func (c *Conn) recv(p []byte, flags int) (got int, full bool, errno unix.Errno) {
+// recv is recvfrom(2) without an address.
+func (c *Conn) recv(p []byte, flags int) (int, unix.Errno) {
 	if !c.busy && flags == 0 && len(p) <= quietMax {
-		got, errno = recvNow(c.fd, p)
-		return got, got == len(p), errno
+		return recvNow(c.fd, p)
 	}
 	n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(c.fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(flags), 0, 0)
 	if errno != 0 {
-		return 0, false, errno
+		return 0, errno
 	}
-	return int(n), int(n) == len(p), 0
+	return int(n), 0
 }
 
 // prepare makes the next read one that waits, when the reader is busy, or else

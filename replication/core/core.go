@@ -375,10 +375,7 @@ func (c *Core) RestsUntil() Instant {
 	if c.isPrimary() {
 		return c.primaryRests()
 	}
-	if !c.guards() {
-		return 0
-	}
-	return c.lapse()
+	return c.WakesAt()
 }
 
 // WakesAt returns the instant after which a tick should not wait for its turn: a
