@@ -7,16 +7,29 @@ import (
 	"github.com/blockstep/blockstep/replication/wire"
 )
 
-// groupMax is how many entries go into one write: with a header, a payload and
-// padding each they stay below the kernel's limit of 1024 buffers.
-const groupMax = 256
+const (
+	// groupMax is how many entries go into one write: with a header, a payload and
+	// padding each they stay below the kernel's limit of 1024 buffers.
+	groupMax = 256
+	// aheadBytes is how many blocks of a new segment are written, as zeroes, ahead
+	// of the records while fsyncs are frequent: else each of them would have to
+	// commit the file system's journal (some 250 µs), since blocks that are only
+	// allocated became written ones.
+	aheadBytes = 256 << 10
+	// oftenBytes is how much is appended between two looks at how many fsyncs
+	// there were, and oftenSyncs how many of them are frequent.
+	oftenBytes = 128 << 10
+	oftenSyncs = 4
+)
 
 // writer is what the goroutine that changes the log needs between calls.
 type writer struct {
 	chain     uint32 // CRC of the last record, or of the segment header
 	gen       uint32 // number of the branch
 	allocated bool   // the active segment has its room
-	syncs     uint64 // Log.syncs when the active segment was begun
+	often     bool   // fsyncs are frequent
+	looked    int64  // bytes appended since that was judged
+	syncs     uint64 // Log.syncs then
 
 	slab    []byte   // record headers of one group
 	iov     [][]byte // reused; emptied after each write, so that it keeps no payload alive
@@ -26,7 +39,8 @@ type writer struct {
 	header  [segmentHeaderSize]byte
 }
 
-var padding [pageBytes]byte
+// padding is never written to, so that it takes no memory.
+var padding [aheadBytes + pageBytes]byte
 
 func (w *writer) init() {
 	w.slab = make([]byte, 0, groupMax*recordHeaderSize)
@@ -131,12 +145,17 @@ func (l *Log) flush(seg *segment, entries []wire.Entry) error {
 	// have left the page cache, and a part of it alone would have to wait for the
 	// rest to be read from the disk. Where the group begins, the one before it
 	// has done so.
-	if pad := min(-w.at&(pageBytes-1), int64(seg.header.size)-w.at); pad > 0 {
+	pad := -w.at & (pageBytes - 1)
+	if w.judgeSyncs(l.syncs.Load()); w.often && w.at+pad > seg.written {
+		pad += aheadBytes
+	}
+	if pad = min(pad, int64(seg.header.size)-w.at); pad > 0 {
 		w.iov = append(w.iov, padding[:pad])
 	}
 	if _, err := seg.file.WritevAt(w.iov, w.start); err != nil {
 		return l.fail("append", err)
 	}
+	seg.written = max(seg.written, w.at+pad)
 	l.mu.Lock()
 	seg.index = append(seg.index, w.offsets...)
 	seg.end, seg.dirty = w.at, true
@@ -151,9 +170,16 @@ func (l *Log) flush(seg *segment, entries []wire.Entry) error {
 	clear(w.iov)
 	w.slab, w.iov, w.offsets, w.start = w.slab[:0], w.iov[:0], w.offsets[:0], w.at
 	if w.at > int64(seg.header.size)/2 {
-		l.house.want(l.syncs.Load() - w.syncs)
+		l.house.want()
 	}
 	return nil
+}
+
+// judgeSyncs sees, with each group, whether fsyncs are frequent.
+func (w *writer) judgeSyncs(syncs uint64) {
+	if w.looked += w.at - w.start; w.looked >= oftenBytes {
+		w.often, w.looked, w.syncs = syncs-w.syncs >= oftenSyncs, 0, syncs
+	}
 }
 
 // roll begins the next segment, for an entry of the given record size. Its
@@ -174,7 +200,6 @@ func (l *Log) roll(old *segment, size int64, durable ident.Seq) (*segment, error
 	seg.end = segmentHeaderSize
 	w.iov = append(w.iov, w.header[:])
 	w.chain, w.start, w.at, w.allocated = seg.crc, 0, segmentHeaderSize, seg.spare
-	w.syncs = l.syncs.Load()
 	l.mu.Lock()
 	l.segments = append(l.segments, seg)
 	l.dirDirty = l.dirDirty || !seg.spare

@@ -11,16 +11,9 @@ import (
 )
 
 const (
-	// sparesMin is how many empty segments are kept ready at the least. One
-	// would do as long as the disk writes zeroes as fast as records.
-	sparesMin = 2
-	// prefillSyncs is how many fsyncs in half a segment make it worth while to
-	// write the next one's blocks ahead. It spares each fsync a commit of the
-	// file system's journal (some 250 µs), and costs the disk another 16 MiB.
-	prefillSyncs = 32
-	// prefillChunk is how much of a new segment is written at a time.
-	prefillChunk = 1 << 20
-	fileSuffix   = ".seg"
+	// sparesMin is how many empty segments are kept ready at the least.
+	sparesMin  = 2
+	fileSuffix = ".seg"
 )
 
 // house prepares segment files ahead of the writer and takes back those that
@@ -35,10 +28,9 @@ type house struct {
 	wake chan struct{} // holds at most one wake-up
 
 	mu       sync.Mutex
-	spares   []*segment // free files, prefilled, durable in the directory
+	spares   []*segment // free files, with their room, durable in the directory
 	retiring []*segment // to be voided, in this order
 	wanted   bool       // prepare one more
-	prefill  bool       // and write its blocks
 	nextName uint64
 	running  bool
 	stopping bool
@@ -105,16 +97,14 @@ func (h *house) poke() {
 }
 
 // want asks for a spare to be ready by the time that the active segment is full.
-// With syncs, the fsyncs so far in this segment, it says whether its blocks are
-// worth to be written.
-func (h *house) want(syncs uint64) {
+func (h *house) want() {
 	if h.l.o.Inline {
 		return // the writer makes its own
 	}
 	h.mu.Lock()
 	enough := h.wanted || len(h.spares)+len(h.retiring) > 0
 	if !enough {
-		h.wanted, h.prefill = true, syncs >= prefillSyncs
+		h.wanted = true
 	}
 	h.mu.Unlock()
 	if !enough {
@@ -226,7 +216,7 @@ func (h *house) recycle(s *segment) {
 	h.retiring = h.retiring[1:]
 	keep := err == nil && size == h.l.o.SegmentBytes && len(h.spares) < h.l.sparesMax()
 	if keep {
-		h.spares = append(h.spares, &segment{file: s.file, name: s.name, spare: true, index: s.index[:0]})
+		h.spares = append(h.spares, &segment{file: s.file, name: s.name, spare: true, written: s.written, index: s.index[:0]})
 	}
 	h.mu.Unlock()
 	if !keep {
@@ -235,9 +225,8 @@ func (h *house) recycle(s *segment) {
 	}
 }
 
-// prepare makes a spare whose room is reserved and, where that pays, written, so
-// that the fdatasync of an append has no metadata to write. When it does not succeed (a full disk) the
-// writer will try by itself, and its failure counts.
+// prepare makes a spare whose room is reserved. When it does not succeed (a full
+// disk) the writer will try by itself, and its failure counts.
 func (h *house) prepare() {
 	s, err := h.makeFile()
 	if err == nil {
@@ -259,34 +248,10 @@ func (h *house) fill(f vfs.File) error {
 	if err := f.Allocate(0, h.l.o.SegmentBytes); err != nil {
 		return err
 	}
-	h.mu.Lock()
-	write := h.prefill
-	h.mu.Unlock()
-	if write {
-		if err := h.writeZeroes(f); err != nil {
-			return err
-		}
-	}
 	if err := f.Sync(); err != nil {
 		return err
 	}
 	return h.l.fs.SyncDir(h.l.dir)
-}
-
-func (h *house) writeZeroes(f vfs.File) error {
-	zeroes := make([]byte, min(prefillChunk, h.l.o.SegmentBytes))
-	for off := int64(0); off < h.l.o.SegmentBytes; off += int64(len(zeroes)) {
-		h.mu.Lock()
-		stopping := h.stopping
-		h.mu.Unlock()
-		if stopping {
-			return ErrClosed
-		}
-		if _, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), h.l.o.SegmentBytes-off)], off); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // makeVoid makes a file hold no segment, durably. It asks the disk nothing for

@@ -2,45 +2,89 @@ package wal
 
 import (
 	"errors"
-	"io"
 	"testing"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/vfs"
 )
 
-// A spare has its room; its blocks are written where fsyncs are frequent.
+// A spare has its room, and a directory entry that is durable.
 func TestSpare(t *testing.T) {
-	for _, often := range []bool{false, true} {
-		dirSyncs := 0
+	dirSyncs := 0
+	fs := vfs.Inject(vfs.NewMem(1), func(c vfs.Call) error {
+		if c.Op == vfs.OpSyncDir {
+			dirSyncs++
+		}
+		return nil
+	})
+	o := small(1)
+	l := create(t, fs, o)
+	l.house.prepare()
+	if n, err := l.house.spares[0].file.Size(); err != nil || n != o.SegmentBytes {
+		t.Fatalf("a spare of %d bytes: %v", n, err)
+	}
+	dirSyncs = 0
+	must(t, l.Append(entries(1, 1, 10, 1000), 0)) // into the spare
+	syncTo(t, l, 10)
+	if dirSyncs != 0 {
+		t.Fatal("a spare's directory entry was not durable")
+	}
+	must(t, l.Append(entries(1, 11, 20, 1000), 0)) // into a file made on the spot
+	syncTo(t, l, 20)
+	if dirSyncs != 1 {
+		t.Fatalf("%d syncs of the directory for a new file", dirSyncs)
+	}
+}
+
+// TestBlocksAreWrittenAhead: where an fsync follows each append, few of them find
+// blocks that were only allocated, from the first segment on; where they are
+// rare, nothing is written twice; and in segments that are used again there is
+// nothing to write ahead.
+func TestBlocksAreWrittenAhead(t *testing.T) {
+	const segment, payload, appends = 1 << 20, 4096, 600 // 2.4 segments
+	for _, often := range []bool{true, false} {
+		written := make(map[string]int64) // of each file
+		var fresh, bytes int64            // writes that touched blocks for the first time, and bytes written
 		fs := vfs.Inject(vfs.NewMem(1), func(c vfs.Call) error {
-			if c.Op == vfs.OpSyncDir {
-				dirSyncs++
+			if c.Op == vfs.OpWrite && c.Len > segmentHeaderSize {
+				bytes += c.Len
+				if end := c.Off + c.Len; end > written[c.Path] {
+					fresh++
+					written[c.Path] = end
+				}
 			}
 			return nil
 		})
 		o := small(1)
+		o.SegmentBytes = segment
 		l := create(t, fs, o)
-		l.house.prefill = often
-		l.house.prepare()
-		spare := l.house.spares[0]
-		if n, err := spare.file.Size(); err != nil || n != o.SegmentBytes {
-			t.Fatalf("a spare of %d bytes: %v", n, err)
+		run := func(from ident.Seq) {
+			t.Helper()
+			for s := from; s < from+appends; s++ {
+				must(t, l.Append(entries(1, s, s, payload), l.Durable()))
+				if often {
+					syncTo(t, l, s)
+				}
+			}
 		}
-		_, err := spare.file.SeekData(0)
-		if written := !errors.Is(err, io.EOF); written != often {
-			t.Fatalf("synced often: %v, blocks written: %v", often, written)
+		run(1)
+		if limit := int64(appends / 8); often && fresh > limit || !often && bytes > appends*(2*payload) {
+			t.Errorf("often: %v: %d of %d appends touched new blocks (limit %d), %d bytes written", often, fresh, appends, limit, bytes)
 		}
-		dirSyncs = 0
-		must(t, l.Append(entries(1, 1, 10, 1000), 0)) // into the spare
-		syncTo(t, l, 10)
-		if dirSyncs != 0 {
-			t.Fatal("a spare's directory entry was not durable")
+		syncTo(t, l, appends)
+		check(t, l, entries(1, 1, appends, payload))
+		again := l.segments[0]
+		must(t, l.TrimTo(appends))
+		if n := len(l.house.spares); n == 0 {
+			t.Fatal("no segment was given back")
 		}
-		must(t, l.Append(entries(1, 11, 20, 1000), 0)) // into a file made on the spot
-		syncTo(t, l, 20)
-		if dirSyncs != 1 {
-			t.Fatalf("%d syncs of the directory for a new file", dirSyncs)
+		if s := l.house.spares[0]; s.name == again.name && s.written < again.end {
+			t.Errorf("a segment of %d bytes that is used again is known to be written up to %d", again.end, s.written)
+		}
+		fresh = 0
+		run(appends + 1)
+		if limit := int64(appends / 8); often && fresh > limit {
+			t.Errorf("%d of %d appends touched new blocks when segments were used again", fresh, appends)
 		}
 	}
 }

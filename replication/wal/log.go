@@ -66,6 +66,9 @@ type segment struct {
 	empty bool // Open found a header of zeroes
 	void  bool // that is durable
 	spare bool // prepared ahead: it has its room, and its directory entry is durable
+	// written is up to where its blocks are known to have been written once, and
+	// not only allocated: an fdatasync of them has no metadata to write.
+	written int64
 
 	header segmentHeader
 	crc    uint32 // of the header

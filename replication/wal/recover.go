@@ -190,7 +190,7 @@ func (l *Log) recover(segs []*segment) (Recovery, error) {
 	// What a killed process had written is in the page cache only. Directory
 	// entries likewise.
 	for _, s := range kept {
-		s.dirty = s.lastSeq() > w.durable || s == l.active()
+		s.dirty, s.written = s.lastSeq() > w.durable || s == l.active(), s.end
 	}
 	l.dirDirty = true
 	if _, err := l.Sync(); err != nil {
