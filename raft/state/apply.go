@@ -47,6 +47,7 @@ const (
 	RulePrimaryReplica Rule = "primary-stays"
 	RuleDevice         Rule = "device-in-use"
 	RuleReadmit        Rule = "readmit-alone-and-by-force"
+	RuleEnough         Rule = "replicas-enough"
 )
 
 // Result answers a command.
@@ -336,7 +337,7 @@ func (s *State) replaceNode(c *Command, p *ReplaceNode) Result {
 			s.Volumes[v.ID] = nv
 		}
 	}
-	return s.event(c, nil, Event{Name: "node-replaced", Node: p.Name, Text: fmt.Sprintf("node %s replaced: a new data_dir takes its place", p.Name)})
+	return s.event(c, nil, Event{Name: eventNodeReplaced, Node: p.Name, Text: fmt.Sprintf("node %s replaced: a new data_dir takes its place", p.Name)})
 }
 
 func (s *State) addEvent(c *Command, p *AddEvent) Result {

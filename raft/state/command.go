@@ -105,6 +105,10 @@ type RegisterReplica struct {
 	Node    ident.Node    `json:"node"`
 	Replica ident.Replica `json:"replica"`
 	Replace bool          `json:"replace,omitempty"`
+	// Was, with Replace: the replica that it takes the place of. The command is refused when
+	// another one is registered by the time that it comes, or none. 0, from where not every
+	// node understands it: whichever is registered.
+	Was ident.Replica `json:"was,omitempty"` // version 3
 }
 
 // AddReplica adds a replica, which is out of the in-sync set until its primary
@@ -113,6 +117,9 @@ type AddReplica struct {
 	Volume ident.Volume `json:"volume"`
 	Node   ident.Node   `json:"node"`
 	Device string       `json:"device,omitempty"`
+	// AtMost is how many replicas, of those that are not about to leave, the volume shall
+	// have with this one: where it has them already, the command is refused. 0: no matter.
+	AtMost int `json:"at_most,omitempty"` // version 3
 }
 
 // RemoveReplica removes a replica. One that is in sync is marked as leaving
@@ -213,15 +220,24 @@ func (c *Command) Kind() string {
 	return name
 }
 
+// version is the lowest one that understands the command: who leaves out what it does not
+// know would do what the others have refused, or the other way round.
+func (c *Command) version() int {
+	switch {
+	case c.RegisterReplica != nil && c.RegisterReplica.Was != 0, c.AddReplica != nil && c.AddReplica.AtMost != 0:
+		return VersionCompares
+	case c.Promote != nil && c.Promote.Readmit:
+		return 2
+	}
+	return 1
+}
+
 // Encode gives the bytes that go into the Raft log. It fails on a command that
 // Decode would not take.
 func (c *Command) Encode() ([]byte, error) {
 	d := *c
 	if d.V == 0 {
-		d.V = 1
-		if d.Promote != nil && d.Promote.Readmit {
-			d.V = 2 // to leave it out would be to refuse what the others have done
-		}
+		d.V = d.version()
 	}
 	if d.Kind() == "" {
 		return nil, fmt.Errorf("command: exactly one kind must be set: %w", ErrCorrupt)

@@ -20,10 +20,13 @@ import (
 )
 
 // Version is the newest version of a snapshot that this build understands,
-// CommandVersion that of a command.
+// CommandVersion that of a command. In VersionCompares, RegisterReplica and
+// AddReplica say what they were decided on: such a command is proposed only where
+// State.Understood.
 const (
-	Version        = 1
-	CommandVersion = 2
+	Version         = 1
+	CommandVersion  = 3
+	VersionCompares = 3
 )
 
 // ErrNewer is returned when bytes were written by a newer blockstep. They are
@@ -218,6 +221,16 @@ func (v *Volume) Replica(node ident.Node) *Replica {
 
 // InSet reports whether the node's replica is in the in-sync set.
 func (v *Volume) InSet(node ident.Node) bool { return slices.Contains(v.InSync, node) }
+
+// Staying is how many replicas are not about to leave.
+func (v *Volume) Staying() (n int) {
+	for i := range v.Replicas {
+		if !v.Replicas[i].Leaving {
+			n++
+		}
+	}
+	return n
+}
 
 // Majority is W: how many of the in-sync set must hold an entry for it to be
 // committed.

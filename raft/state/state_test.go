@@ -293,6 +293,83 @@ func TestFailedIsSticky(t *testing.T) {
 	do(t, s, changeSet(s, "a", "b", "c"))
 }
 
+// A registration names the replica that it replaces, and one that comes late, when that
+// one is gone, takes no other's place. Those of before replace whichever is there.
+func TestRegistrationCommitsLate(t *testing.T) {
+	s := serving(t)
+	s = do(t, s, changeSet(s, "a", "b"))
+	s = do(t, s, Command{MarkFailed: &MarkFailed{Volume: 1, Node: "c", Replica: 30, Reason: "EIO"}})
+	register := func(id, was ident.Replica) Command {
+		return Command{RegisterReplica: &RegisterReplica{Volume: 1, Node: "c", Replica: id, Replace: true, Was: was}}
+	}
+	late := register(31, 30)
+	if s := do(t, s, late); s.Volumes[1].Replica("c").Replica != 31 {
+		t.Error("in time it is refused")
+	}
+	s = do(t, s, Command{RemoveReplica: &RemoveReplica{Volume: 1, Node: "c"}})
+	s = do(t, s, Command{AddReplica: &AddReplica{Volume: 1, Node: "c"}})
+	refused(t, s, late, RuleReplicaID)
+	s = do(t, s, register(32, 0))
+	refused(t, s, late, RuleReplicaID)
+	do(t, s, register(32, 30)) // asked again: what it was to do is done
+	if s = do(t, s, register(33, 32)); s.Volumes[1].Replica("c").Replica != 33 {
+		t.Error("it does not take the place of the one that it names")
+	}
+	if s = do(t, s, register(34, 0)); s.Volumes[1].Replica("c").Replica != 34 {
+		t.Error("one from where not all nodes compare is refused")
+	}
+}
+
+// Two that decide at once on one replica more, on different nodes, make one.
+func TestReplicasEnough(t *testing.T) {
+	s := do(t, three(t), create("v", 1, "a"))
+	add := func(n ident.Node, atMost int) Command {
+		return Command{AddReplica: &AddReplica{Volume: 1, Node: n, AtMost: atMost}}
+	}
+	one := do(t, s, add("b", 2))
+	refused(t, one, add("c", 2), RuleEnough)
+	do(t, one, add("c", 3))
+	do(t, one, add("c", 0)) // from where not all nodes compare, and of a drain
+	s = do(t, s, create("w", 2, "a", "b"))
+	s.Volumes[2].Replicas[1].Leaving = true // it does not count
+	do(t, s, Command{AddReplica: &AddReplica{Volume: 2, Node: "c", AtMost: 2}})
+}
+
+func TestUnderstood(t *testing.T) {
+	s := three(t)
+	check := func(what string, want bool) {
+		t.Helper()
+		if got := s.Understood(VersionCompares); got != want {
+			t.Errorf("%s: %v", what, got)
+		}
+	}
+	check("nobody has started", false)
+	for _, n := range s.NodeNames() {
+		check("not all have started", false)
+		s = do(t, s, Started(n, "v2"))
+	}
+	check("all have", true)
+	if s.Understood(CommandVersion + 1) {
+		t.Error("a version that nobody knows is understood")
+	}
+	s = do(t, s, Command{AddEvent: &AddEvent{Event: Event{Name: "node-started", Node: "b", Text: "node b started, blockstep v1"}}})
+	check("one went back to a release before", false)
+	s = do(t, s, Started("b", "v2"))
+	check("and forth", true)
+	s = do(t, s, Command{AddNode: &AddNode{Node: Node{Name: "d", Address: "d:1", RaftID: "d/1"}}})
+	check("one was added", false)
+	s = do(t, s, Started("d", "v2"))
+	check("and has started", true)
+	s = do(t, s, Command{ReplaceNode: &ReplaceNode{Name: "d", RaftID: "d/2"}})
+	check("it was replaced", false)
+	s = do(t, s, Command{RemoveNode: &RemoveNode{Name: "d"}})
+	check("and removed", true)
+	for range EventsMax {
+		s = do(t, s, Command{AddEvent: &AddEvent{Event: Event{Name: "x"}}})
+	}
+	check("all started long ago", false)
+}
+
 func TestRemoveReplica(t *testing.T) {
 	s := serving(t)
 	remove := func(n ident.Node) Command { return Command{RemoveReplica: &RemoveReplica{Volume: 1, Node: n}} }
@@ -380,7 +457,7 @@ func TestEncodingVersions(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	if _, err := DecodeCommand([]byte(`{"v":3,"teleport":{}}`)); !errors.Is(err, ErrNewer) {
+	if _, err := DecodeCommand([]byte(`{"v":4,"teleport":{}}`)); !errors.Is(err, ErrNewer) {
 		t.Errorf("newer command: %v", err)
 	}
 	for _, bad := range []string{"", "{}", `{"v":1}`, `{"v":1,"add_event":{},"promote":{}}`} {
@@ -402,6 +479,32 @@ func TestEncodingVersions(t *testing.T) {
 	}
 	if d, err := DecodeCommand(b); err != nil || !d.Promote.Readmit || d.V != 2 {
 		t.Errorf("%+v, %v", d, err)
+	}
+	// What a release before would do where the others refuse it must stop that one; what is
+	// as it was must not.
+	for v, c := range map[int][]Command{
+		VersionCompares: {
+			{RegisterReplica: &RegisterReplica{Volume: 1, Node: "c", Replica: 31, Replace: true, Was: 30}},
+			{AddReplica: &AddReplica{Volume: 1, Node: "c", AtMost: 3}},
+		},
+		1: {
+			{RegisterReplica: &RegisterReplica{Volume: 1, Node: "c", Replica: 31, Replace: true}},
+			{AddReplica: &AddReplica{Volume: 1, Node: "c"}},
+		},
+	} {
+		for i := range c {
+			b, err := c[i].Encode()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d, err := DecodeCommand(b); err != nil || d.V != v {
+				t.Errorf("%s has version %d: %v", b, d.V, err)
+			}
+		}
+	}
+	old := []byte(`{"v":1,"id":"9f","time":5,"register_replica":{"volume":1,"node":"c","replica":31,"replace":true}}`)
+	if d, err := DecodeCommand(old); err != nil || !d.RegisterReplica.Replace || d.RegisterReplica.Was != 0 {
+		t.Errorf("an entry of a release before: %+v, %v", d, err)
 	}
 }
 
@@ -478,13 +581,13 @@ func drawCommand(t *rapid.T, s *State) Command {
 	case 3:
 		return Command{MarkFailed: &MarkFailed{Volume: 1, Node: n, Replica: id, Reason: "drawn"}}
 	case 4:
-		return Command{RegisterReplica: &RegisterReplica{Volume: 1, Node: n, Replica: id, Replace: rapid.Bool().Draw(t, "replace")}}
+		return Command{RegisterReplica: &RegisterReplica{Volume: 1, Node: n, Replica: id, Replace: rapid.Bool().Draw(t, "replace"), Was: ident.Replica(rapid.SampledFrom([]int{0, 0, 30}).Draw(t, "was"))}}
 	case 5:
 		return Command{SetOptions: &SetOptions{Volume: 1, MinCopies: ptr(rapid.IntRange(0, 4).Draw(t, "min")), Ack: ptr(rapid.SampledFrom([]AckMode{AckQuorum, AckLocal}).Draw(t, "ack"))}}
 	case 6:
 		return Command{RemoveReplica: &RemoveReplica{Volume: 1, Node: n}}
 	}
-	return Command{AddReplica: &AddReplica{Volume: 1, Node: n}}
+	return Command{AddReplica: &AddReplica{Volume: 1, Node: n, AtMost: rapid.IntRange(0, 3).Draw(t, "at most")}}
 }
 
 // holds checks one step.

@@ -232,6 +232,9 @@ func (s *State) registerReplica(c *Command, p *RegisterReplica) Result {
 		return refuse(RuleReplicaID, "replica id %d is used: ids are never used again", uint64(p.Replica))
 	case rep.Leaving:
 		return refuse(RuleLeaving, "the replica of %q on %q is being removed", v.Name, p.Node)
+	case p.Was != 0 && rep.Replica != p.Was:
+		// Decided long ago, and under way since: what it was to replace has gone, and this one too, perhaps.
+		return refuse(RuleReplicaID, "the replica of %q on %q is no longer the one to be replaced", v.Name, p.Node)
 	case rep.Replica != 0 && !p.Replace:
 		return refuse(RuleRegistered, "another replica of %q is registered on %q: if its disk was replaced, register it anew with replace", v.Name, p.Node)
 	case rep.Replica != 0 && v.InSet(p.Node):
@@ -285,6 +288,8 @@ func (s *State) addReplica(c *Command, p *AddReplica) Result {
 		return refuse(RuleReplicaExists, "volume %q has a replica on %q already", v.Name, p.Node)
 	case len(v.Replicas) >= ReplicasMax:
 		return refuse(RuleLimit, "a volume has at most %d replicas", ReplicasMax)
+	case p.AtMost > 0 && v.Staying() >= p.AtMost:
+		return refuse(RuleEnough, "volume %q has %d replicas already", v.Name, v.Staying())
 	}
 	if r := s.freeDevice(p.Node, p.Device); !r.OK {
 		return r
