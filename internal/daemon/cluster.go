@@ -140,9 +140,8 @@ var errNotCurrent = errors.New("waiting until this node has the whole cluster st
 // the start: raft replays its log, and on the way a replica that is registered
 // is not registered yet, or one that was added is not there.
 func (d *Daemon) runCurrent(ctx context.Context) {
-	cmd := state.Command{ID: raft.NewCommandID(), AddEvent: &state.AddEvent{Event: state.Event{
-		Name: "node-started", Node: d.self, Text: fmt.Sprintf("node %s started, blockstep %s", d.self, version.String()),
-	}}}
+	cmd := state.Started(d.self, version.String())
+	cmd.ID = raft.NewCommandID()
 	for {
 		// Not founded, or not a member: refused, under an id that is then used.
 		if d.state().ClusterID != "" {

@@ -177,7 +177,7 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 		if err != nil {
 			return err
 		}
-		return d.register(ctx, sv, local, false)
+		return d.register(ctx, sv, local, 0)
 	case v.replica.Load():
 		return nil
 	}
@@ -431,7 +431,11 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 			return nil, err
 		}
 	}
-	if err := d.register(ctx, sv, local, replace); err != nil {
+	was := ident.Replica(0)
+	if replace {
+		was = rep.Replica
+	}
+	if err := d.register(ctx, sv, local, was); err != nil {
 		return nil, err
 	}
 	return ro, nil
@@ -489,15 +493,25 @@ func (d *Daemon) localReplica(dir string) (ident.Replica, error) {
 	return mf.Load().Replica, nil
 }
 
+// registration is the command that gives a replica its id. was is the one in whose place
+// it comes, and which it names if each node understands that; 0 when there is none.
+func registration(st *state.State, vol ident.Volume, node ident.Node, id, was ident.Replica) *state.RegisterReplica {
+	c := &state.RegisterReplica{Volume: vol, Node: node, Replica: id, Replace: was != 0}
+	if st.Understood(state.VersionCompares) {
+		c.Was = was
+	}
+	return c
+}
+
 // register tells the cluster state a replica's id.
-func (d *Daemon) register(ctx context.Context, sv *state.Volume, id ident.Replica, replace bool) error {
+func (d *Daemon) register(ctx context.Context, sv *state.Volume, id, was ident.Replica) error {
 	ctx, cancel := context.WithTimeout(ctx, registerTime)
 	defer cancel()
 	res, err := d.apply(ctx, state.Command{
 		// Not the replica's id: one that was removed, and is wanted here again before
 		// its files went, is registered once more.
 		ID:              raft.NewCommandID(),
-		RegisterReplica: &state.RegisterReplica{Volume: sv.ID, Node: d.self, Replica: id, Replace: replace},
+		RegisterReplica: registration(d.state(), sv.ID, d.self, id, was),
 	})
 	if err == nil {
 		err = res.Err()

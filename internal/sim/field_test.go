@@ -691,6 +691,34 @@ var fieldScenarios = []scenario{
 		s.Restart(p)
 		s.Converge(p, q)
 	}},
+	{"registration-commits-late", Options{MinCopies: 1}, func(s *Sim) {
+		// A new replica is to take the place of one that failed, and Raft hears of it
+		// late. Meanwhile an operator has removed the replica and had another one made
+		// there, which its primary cannot reach as yet: the late command must not take that
+		// one's place, since what it names is gone.
+		p := s.AwaitPrimary()
+		q := (p + 1) % 3
+		n := s.nodes[q]
+		s.Write(p, 3)
+		s.applyNow(state.Command{MarkFailed: &state.MarkFailed{Volume: volumeID, Node: n.name, Replica: n.disk.meta.replica, Reason: "EIO"}})
+		s.Await(5*s1, "a set without it", func() bool { return !s.InSet(q) })
+		s.newReplica(n)
+		late := n.disk.meta.replica
+		s.cl.stall = s.now + 4*s1
+		s.register(n, late)
+		s.cl.stall = 0
+		s.drop = func(_, to int, _ wire.Message) bool { return to == q }
+		s.applyNow(state.Command{RemoveReplica: &state.RemoveReplica{Volume: volumeID, Node: n.name}})
+		s.Await(s1, "its files gone", func() bool { return !n.replica })
+		s.applyNow(state.Command{AddReplica: &state.AddReplica{Volume: volumeID, Node: n.name}})
+		s.Await(2*s1, "another one", func() bool { return n.replica && s.cl.vol().Replica(n.name).Replica == n.disk.meta.replica })
+		s.RunFor(5 * s1)
+		if r := s.cl.vol().Replica(n.name).Replica; r == late {
+			s.Fail("replica %d is registered, whose files are gone", r)
+		}
+		s.drop = nil
+		s.Converge(0, 1, 2)
+	}},
 }
 
 // away makes a replica miss writes for so long that the log no longer holds

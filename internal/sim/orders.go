@@ -170,7 +170,7 @@ func (s *Sim) register(n *node, id ident.Replica) {
 		return
 	}
 	s.command(n.i, state.Command{RegisterReplica: &state.RegisterReplica{
-		Volume: volumeID, Node: n.name, Replica: id, Replace: rep.Replica != 0,
+		Volume: volumeID, Node: n.name, Replica: id, Replace: rep.Replica != 0, Was: rep.Replica,
 	}})
 	s.at(s1, event{kind: evCall, fn: func() { s.register(n, id) }})
 }
