@@ -444,7 +444,7 @@ func (b backend) SetOptions(ctx context.Context, name string, r control.SetOptio
 			(r.ResyncRateMin == nil || o.ResyncRateMin == *r.ResyncRateMin)
 	}
 	b.d.awaitEverywhere(ctx, sv.ID, func(v volumeReport) bool {
-		return want(v.View.Options) && (r.Replicas == nil || staying(&v.View) >= *r.Replicas)
+		return want(v.View.Options) && (r.Replicas == nil || v.View.Staying() >= *r.Replicas)
 	})
 	out, err := b.VolumeStatus(ctx, name)
 	if now := b.d.state().Volumes[sv.ID]; now != nil && r.Replicas != nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -316,6 +317,89 @@ func TestMoreReplicas(t *testing.T) {
 		return err
 	})
 	refused(3, "not up: alpha; start blockstepd there")
+}
+
+// Several that ask for one replica more at once, through different nodes, get one, and no
+// error: whether they choose the same node for it or not.
+func TestMoreReplicasAtOnce(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, beta, gamma := nodes["alpha"], nodes["beta"], nodes["gamma"]
+	alpha.eventually(20*time.Second, "it knows of each node which commands it understands", func(context.Context) error {
+		if st := alpha.daemon.Load().state(); !st.Understood(state.VersionCompares) {
+			return fmt.Errorf("%+v", st.Events)
+		}
+		return nil
+	})
+	create := func(name string) ident.Volume {
+		t.Helper()
+		if _, err := alpha.client.CreateVolume(t.Context(), control.CreateVolume{Name: name, Size: 8 << 20, Replicas: []string{"alpha"}}); err != nil {
+			t.Fatal(err)
+		}
+		return alpha.daemon.Load().state().Volume(name).ID
+	}
+	id := create("db")
+	var rules [2]state.Rule
+	var wg sync.WaitGroup
+	for i, n := range []*testNode{beta, gamma} {
+		wg.Go(func() {
+			res, err := n.daemon.Load().addReplica(t.Context(), id, ident.Node(n.name), 2)
+			if err != nil {
+				t.Error(err)
+			}
+			rules[i] = res.Rule
+		})
+	}
+	wg.Wait()
+	if slices.Sort(rules[:]); rules != [2]state.Rule{state.RuleNone, state.RuleEnough} {
+		t.Errorf("refused by %q", rules)
+	}
+	create("other")
+	two := 2
+	for _, n := range nodes {
+		wg.Go(func() {
+			n.eventually(20*time.Second, "it knows the volume", func(ctx context.Context) error {
+				_, err := n.client.SetOptions(ctx, "other", control.SetOptions{Replicas: &two})
+				if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.CodeNotFound {
+					return err
+				}
+				if err != nil {
+					t.Errorf("through %s: %v", n.name, err)
+				}
+				return nil
+			})
+		})
+	}
+	wg.Wait()
+	for _, name := range []string{"db", "other"} {
+		if v := alpha.status(name); len(v.Replicas) != 2 {
+			t.Errorf("%s has %d replicas: %+v", name, len(v.Replicas), v)
+		}
+	}
+}
+
+// What a registration replaces is named where each node understands that, and nowhere else.
+func TestRegistration(t *testing.T) {
+	st := state.New()
+	apply := func(c state.Command) {
+		t.Helper()
+		next, res := st.Apply(c)
+		if !res.OK {
+			t.Fatal(res.Err())
+		}
+		st = next
+	}
+	apply(state.Command{InitCluster: &state.InitCluster{Cluster: "test", ClusterID: "1", Nodes: []state.Node{{Name: "alpha", Address: "alpha:1", RaftID: "alpha/1"}}}})
+	if c := registration(st, 7, "alpha", 31, 30); !c.Replace || c.Was != 0 {
+		t.Errorf("where a node may be of a release before: %+v", c)
+	}
+	apply(state.Started("alpha", "test"))
+	if c := registration(st, 7, "alpha", 31, 30); !c.Replace || c.Was != 30 {
+		t.Errorf("%+v", c)
+	}
+	if c := registration(st, 7, "alpha", 31, 0); c.Replace || c.Was != 0 {
+		t.Errorf("a first one: %+v", c)
+	}
 }
 
 // TestWhatIsLeft: a volume that has lost a replica is healthy with the others, and only

@@ -10,20 +10,10 @@ import (
 	"github.com/blockstep/blockstep/raft/state"
 )
 
-// staying is how many replicas of a volume are not about to leave.
-func staying(sv *state.Volume) (n int) {
-	for _, r := range sv.Replicas {
-		if !r.Leaving {
-			n++
-		}
-	}
-	return n
-}
-
 // checkReplicas says why a volume cannot have so many replicas, of which it has fewer
 // now or as many.
 func (d *Daemon) checkReplicas(sv *state.Volume, n int) error {
-	st, has := d.state(), staying(sv)
+	st, has := d.state(), sv.Staying()
 	storing, witnesses := 0, 0
 	for _, m := range st.Nodes {
 		switch {
@@ -78,7 +68,7 @@ func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, the
 	planned := *sv
 	after := d.state()
 	var places []ident.Node
-	for has := staying(sv); has < n; has++ {
+	for has := sv.Staying(); has < n; has++ {
 		to, without := d.placeFor(ctx, &planned)
 		if to == "" {
 			return d.noPlace(&planned, n, without)
@@ -91,17 +81,49 @@ func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, the
 		return d.refusal(res.Err())
 	}
 	for _, to := range places {
-		if v := d.state().Volumes[sv.ID]; v == nil || staying(v) >= n {
+		if v := d.state().Volumes[sv.ID]; v == nil || v.Staying() >= n {
 			return nil // somebody else has asked for it too
 		}
-		if _, err := d.applyWhole(ctx, state.Command{AddReplica: &state.AddReplica{Volume: sv.ID, Node: to}}); err != nil {
+		res, err := d.addReplica(ctx, sv.ID, to, n)
+		switch {
+		case err != nil:
 			return err
-		}
-		if err := d.awaitVolume(ctx, sv.ID, func(v *state.Volume) bool { return v.Replica(to) != nil }); err != nil {
-			return err
+		case res.Rule == state.RuleEnough:
+			return nil // through another node, at the same time
+		case res.Rule == state.RuleReplicaExists:
+			// Likewise, and on the very node that was chosen here: there may be more to do.
+			if v := d.state().Volumes[sv.ID]; v != nil && v.Replica(to) != nil {
+				return d.raiseReplicas(ctx, v, n, then)
+			}
+			return d.refusal(res.Err())
+		case !res.OK:
+			return d.refusal(res.Err())
 		}
 	}
 	return nil
+}
+
+// addReplica adds a replica to a volume that shall have n of them, and waits until
+// that is seen here, or for a moment who has done it instead. It is refused where there are n already.
+func (d *Daemon) addReplica(ctx context.Context, id ident.Volume, to ident.Node, n int) (state.Result, error) {
+	add := &state.AddReplica{Volume: id, Node: to}
+	if d.state().Understood(state.VersionCompares) {
+		add.AtMost = n
+	}
+	res, err := d.apply(ctx, state.Command{AddReplica: add})
+	if err != nil {
+		return res, d.explain(err)
+	}
+	if res.OK {
+		return res, d.awaitVolume(ctx, id, func(v *state.Volume) bool { return v.Replica(to) != nil })
+	}
+	ctx, cancel := context.WithTimeout(ctx, seenWait)
+	defer cancel()
+	d.until(ctx, func(s *state.State) bool {
+		v := s.Volumes[id]
+		return v == nil || v.Replica(to) != nil || v.Staying() >= n
+	})
+	return res, nil
 }
 
 // noPlace says why there is no node for one more replica, though there are enough.
