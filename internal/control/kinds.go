@@ -7,7 +7,7 @@ var EventKinds = []string{
 	"cluster-founded", "cluster-recovered", "settings",
 	"node-added", "node-invited", "node-removed", "node-replaced", "node-started",
 	"volume-created", "volume-deleted", "volume-resized", "options",
-	"replica-added", "replica-failed", "replica-leaving", "replica-registered", "replica-removed",
+	"replica-added", "replica-failed", "replica-leaving", "replica-moves", "replica-registered", "replica-removed",
 	"promoted", "set-changed", "invalidated",
 	// Of a replica, as its node noticed it.
 	"amnesia", "cut", "discarded", "drain", "failed", "incarnation", "peer", "reopened", "resync", "role", "set", "stalled",

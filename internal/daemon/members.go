@@ -390,6 +390,9 @@ func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.No
 		if _, err := d.applyWhole(ctx, state.Command{AddReplica: &state.AddReplica{Volume: id, Node: to}}); err != nil {
 			return false, nil, err
 		}
+		if _, err := d.applyWhole(ctx, state.Command{AddEvent: &state.AddEvent{Event: moves(sv.Name, from, to)}}); err != nil {
+			return false, nil, err
+		}
 	}
 	why, err := d.awaitFilled(ctx, id, to)
 	if why != "" {
@@ -472,32 +475,62 @@ func trouble(rep *state.Replica, r volumeReport) (why string, final bool) {
 	return "", false
 }
 
-// joining is a replica that was added and has never been in sync: by a drain that was
-// cut off, which goes on with it. One that was a member before and is away or on its
-// way back is none: in its place and from's there would be one copy.
+// eventMoves says for whose place a drain has added a replica. It is an event so that
+// a drain that was cut off knows its own, and so does a release before (adr/0019).
+const (
+	eventMoves = "replica-moves"
+	fieldFrom  = "from"
+)
+
+func moves(volume string, from, to ident.Node) state.Event {
+	return state.Event{
+		Name: eventMoves, Volume: volume, Node: to, Fields: map[string]string{fieldFrom: string(from)},
+		Text: fmt.Sprintf("volume %s: the replica on %s is to take the place of the one on %s, which is drained", volume, to, from),
+	}
+}
+
+// joining is a replica that was added for from's place and has never been in sync: by a
+// drain that was cut off, which goes on with it. One that was added as one more, or for
+// another's place, is none: there would be a copy fewer than was asked for. Nor is one
+// that was a member before and is away or on its way back.
 func joining(st *state.State, sv *state.Volume, from ident.Node) ident.Node {
 	for _, r := range sv.Replicas {
-		if r.Node != from && !sv.InSet(r.Node) && !r.Failed && neverInSync(st, sv.Name, r.Node) {
+		if r.Node == from || sv.InSet(r.Node) || r.Failed {
+			continue
+		}
+		if of, ok := filling(st, sv.Name, r.Node); ok && of == from {
 			return r.Node
 		}
 	}
 	return ""
 }
 
-// neverInSync reports whether the events tell that a replica was added to a volume,
-// and not that it has been in sync since.
-func neverInSync(st *state.State, volume string, node ident.Node) bool {
+// moving is a replica that a drain is about to move, and where to.
+func moving(st *state.State, sv *state.Volume) (from, to ident.Node, ok bool) {
+	for _, r := range sv.Replicas {
+		if to = joining(st, sv, r.Node); to != "" {
+			return r.Node, to, true
+		}
+	}
+	return "", "", false
+}
+
+// filling reports whether the events tell that a replica was added to a volume, and not
+// that it has been in sync since; from is the one for whose place a drain has added it.
+func filling(st *state.State, volume string, node ident.Node) (from ident.Node, ok bool) {
 	for i := len(st.Events) - 1; i >= 0; i-- {
 		e := &st.Events[i]
 		switch {
 		case e.Volume != volume:
+		case e.Name == eventMoves && e.Node == node && from == "":
+			from = ident.Node(e.Fields[fieldFrom])
 		case e.Name == "replica-added" && e.Node == node:
-			return true
+			return from, true
 		case e.Name == "set-changed" && slices.Contains(strings.Fields(strings.Trim(e.Fields["to"], "[]")), string(node)):
-			return false
+			return "", false
 		}
 	}
-	return false
+	return "", false
 }
 
 // awaitVolume waits until the cluster state of a volume is as asked.

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,7 @@ func TestDrainTakesNoOldReplica(t *testing.T) {
 	set := func(nodes ...ident.Node) state.Event {
 		return state.Event{Name: "set-changed", Volume: "db", Fields: map[string]string{"to": fmt.Sprint(nodes)}}
 	}
+	moved := func(from, to ident.Node) state.Event { return moves("db", from, to) }
 	other := func(e state.Event) state.Event {
 		e.Volume = "other"
 		return e
@@ -39,12 +41,15 @@ func TestDrainTakesNoOldReplica(t *testing.T) {
 	}{
 		"a member is away":                    {[]state.Event{set("b", "c")}, ""},
 		"nothing is known of it":              {nil, ""},
-		"added just now":                      {[]state.Event{set("b", "c"), added("d")}, "d"},
-		"added, and a member left since":      {[]state.Event{added("d"), set("b", "c")}, "d"},
-		"added once, in sync since, and away": {[]state.Event{added("d"), set("b", "c", "d"), set("b", "c")}, ""},
-		"added anew":                          {[]state.Event{added("d"), set("b", "c", "d"), set("b", "c"), added("d")}, "d"},
-		"added to another volume":             {[]state.Event{other(added("d"))}, ""},
-		"in sync at another volume":           {[]state.Event{added("d"), other(set("b", "c", "d"))}, "d"},
+		"added just now":                      {[]state.Event{set("b", "c"), added("d"), moved("b", "d")}, "d"},
+		"added as one more":                   {[]state.Event{set("b", "c"), added("d")}, ""},
+		"added as one more, after a drain":    {[]state.Event{added("d"), moved("b", "d"), added("d")}, ""},
+		"added for another's place":           {[]state.Event{added("d"), moved("c", "d")}, ""},
+		"added, and a member left since":      {[]state.Event{added("d"), moved("b", "d"), set("b", "c")}, "d"},
+		"added once, in sync since, and away": {[]state.Event{added("d"), moved("b", "d"), set("b", "c", "d"), set("b", "c")}, ""},
+		"added anew":                          {[]state.Event{added("d"), set("b", "c", "d"), set("b", "c"), added("d"), moved("b", "d")}, "d"},
+		"added to another volume":             {[]state.Event{other(added("d")), other(moved("b", "d"))}, ""},
+		"in sync at another volume":           {[]state.Event{added("d"), moved("b", "d"), other(set("b", "c", "d"))}, "d"},
 	} {
 		sv := &state.Volume{Name: "db", InSync: []ident.Node{"b", "c"}, Replicas: []state.Replica{{Node: "a"}, {Node: "b"}, {Node: "c"}, {Node: "d"}}}
 		if got := joining(&state.State{Events: c.events}, sv, "b"); got != c.want {
@@ -52,8 +57,60 @@ func TestDrainTakesNoOldReplica(t *testing.T) {
 		}
 	}
 	failed := &state.Volume{Name: "db", InSync: []ident.Node{"b"}, Replicas: []state.Replica{{Node: "b"}, {Node: "d", Failed: true}}}
-	if got := joining(&state.State{Events: []state.Event{added("d")}}, failed, "b"); got != "" {
+	if got := joining(&state.State{Events: []state.Event{added("d"), moved("b", "d")}}, failed, "b"); got != "" {
 		t.Errorf("a failed replica is taken: %q", got)
+	}
+}
+
+// A drain takes no replica for its own that an operator has just asked for: there would
+// be as few as before. Where there is no other place the one that was to go stays.
+func TestDrainBesideAFill(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, beta := nodes["alpha"], nodes["beta"]
+	if _, err := alpha.client.CreateVolume(t.Context(), control.CreateVolume{Name: "db", Size: 16 << 20, Replicas: []string{"alpha", "beta"}}); err != nil {
+		t.Fatal(err)
+	}
+	alpha.healthy("db")
+	if err := alpha.open("db").WriteAt(t.Context(), bytes.Repeat([]byte{7}, 4<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := alpha.client.Switchover(t.Context(), "db", control.Switchover{To: "beta"}); err != nil {
+		t.Fatal(err)
+	}
+	rate := func(r int64) *int64 { return &r }
+	three := 3
+	if _, err := alpha.client.SetOptions(t.Context(), "db", control.SetOptions{Replicas: &three, ResyncRateMax: rate(8192), ResyncRateMin: rate(4096)}); err != nil {
+		t.Fatal(err)
+	}
+	var e *control.Error
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if _, err := beta.client.ChangeNode(ctx, "alpha", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room for its replicas of db") {
+		t.Fatalf("drain: %v", err)
+	}
+	if v := beta.status("db"); len(v.Replicas) != 3 {
+		t.Errorf("there are %d replicas: %+v", len(v.Replicas), v)
+	}
+
+	// The other way round: what a drain has added is none more.
+	d := beta.daemon.Load()
+	res, err := d.applyWhole(t.Context(), state.Command{AddEvent: &state.AddEvent{Event: moves("db", "alpha", "gamma")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.until(t.Context(), func(s *state.State) bool { return s.NextEvent > res.Event })
+	if _, err := beta.client.SetOptions(t.Context(), "db", control.SetOptions{Replicas: &three}); !errors.As(err, &e) || !strings.Contains(e.Message, "the replica of db on alpha is being moved to gamma") {
+		t.Errorf("three replicas while a drain moves one: %v", err)
+	}
+	if _, err := beta.client.SetOptions(t.Context(), "db", control.SetOptions{ResyncRateMax: rate(1 << 30)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := beta.client.ChangeNode(t.Context(), "alpha", "drain"); err != nil {
+		t.Errorf("a drain that was cut off: %v", err)
+	}
+	if v := beta.status("db"); len(v.Replicas) != 2 || v.Replicas[1].Node != "gamma" {
+		t.Errorf("after it: %+v", v)
 	}
 }
 

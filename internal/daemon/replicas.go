@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 // now or as many.
 func (d *Daemon) checkReplicas(sv *state.Volume, n int) error {
 	st, has := d.state(), sv.Staying()
+	from, to, moves := moving(st, sv)
 	storing, witnesses := 0, 0
 	for _, m := range st.Nodes {
 		switch {
@@ -30,6 +32,11 @@ func (d *Daemon) checkReplicas(sv *state.Volume, n int) error {
 		return control.Errorf(control.CodeRefused,
 			"replicas go with their nodes: blockstep node drain NODE moves them to others, and blockstep node remove NODE --force gives those of a dead node up",
 			"%s has %d replicas, and this makes no fewer", sv.Name, has)
+	case moves:
+		// It counts twice for now: there would be a copy fewer than was asked for.
+		return control.Errorf(control.CodeRefused,
+			fmt.Sprintf("run it again when that has ended; if it was cut off: blockstep node drain %s goes on with it", from),
+			"the replica of %s on %s is being moved to %s", sv.Name, from, to)
 	case n > has && n > storing:
 		others := ""
 		if witnesses > 0 {
