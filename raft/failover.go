@@ -126,6 +126,7 @@ type volumeTask struct {
 	waiting  string
 	kick     chan struct{} // capacity 1: a report, a request or the cluster state is news
 	first    ident.Node    // where a new volume's first primary should be
+	elected  ident.Node    // who is being promoted; "" when nobody is
 
 	// The worker's own.
 	asked       ident.Epoch // newest epoch that SEAL was sent for

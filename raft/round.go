@@ -83,20 +83,41 @@ func (c *Controller) next(ctx context.Context, t *volumeTask) (*request, *job, t
 	return nil, nil, 0
 }
 
-// firstLocked picks the node of a new volume's first primary: the one that is
-// primary of the fewest volumes, those counted that are about to be; the first
-// by name among equals.
-func (c *Controller) firstLocked(s *state.State, v *state.Volume) ident.Node {
+// primariesLocked is of how many volumes beside one each node is the primary, those
+// counted that it is about to be.
+func (c *Controller) primariesLocked(s *state.State, but ident.Volume) map[ident.Node]int {
 	has := map[ident.Node]int{}
 	for _, o := range s.Volumes {
 		switch t := c.vols[o.ID]; {
-		case o.Deleted:
+		case o.Deleted || o.ID == but:
+		case t != nil && t.elected != "":
+			has[t.elected]++
 		case o.Epoch > 0:
 			has[o.Primary]++
 		case t != nil && t.first != "":
 			has[t.first]++
 		}
 	}
+	return has
+}
+
+// decide comes to the verdict of a round. Rounds of many volumes end at the same time,
+// when a node has died: each counts whom those before it have elected.
+func (c *Controller) decide(t *volumeTask, r state.Round, decide func(state.Round) state.Verdict) state.Verdict {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r.Has = c.primariesLocked(c.o.Cluster.State(), t.id)
+	d := decide(r)
+	if d.Kind == state.VerdictPromote {
+		t.elected = d.Node
+	}
+	return d
+}
+
+// firstLocked picks the node of a new volume's first primary: the one that is
+// primary of the fewest volumes, the first by name among equals.
+func (c *Controller) firstLocked(s *state.State, v *state.Volume) ident.Node {
+	has := c.primariesLocked(s, v.ID)
 	var best ident.Node
 	for _, n := range slices.Sorted(slices.Values(v.InSync)) {
 		if best == "" || has[n] < has[best] {
@@ -391,6 +412,7 @@ func (c *Controller) attempt(ctx context.Context, t *volumeTask, v *state.Volume
 		return outcome{verdict: verdict}, nil
 	}
 	res, err := c.promote(ctx, v, t.asked, j, verdict)
+	c.promoted(t)
 	if err != nil {
 		// Unknown outcome, or not the leader: the epoch in the cluster state
 		// says what came of it, and the next round compares.
@@ -404,6 +426,14 @@ func (c *Controller) attempt(ctx context.Context, t *volumeTask, v *state.Volume
 	c.o.Logger.Info("promoted", "volume", v.Name, "from", v.Primary, "to", verdict.Node, "epoch", t.asked,
 		"position", verdict.Answer.Last, "loss", res.Loss, "reason", j.rule, "rule", verdict.Rule)
 	return outcome{verdict: verdict, done: true, result: res}, nil
+}
+
+// promoted is told when a promotion has come to something: from now on the cluster state
+// says where the primary is.
+func (c *Controller) promoted(t *volumeTask) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t.elected = ""
 }
 
 func (c *Controller) drain(ctx context.Context, t *volumeTask, v *state.Volume, j *job) {

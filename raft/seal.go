@@ -36,7 +36,7 @@ func (c *Controller) seal(ctx context.Context, t *volumeTask, v *state.Volume, j
 		nodes = slices.DeleteFunc(slices.Clone(nodes), func(n ident.Node) bool { return slices.Contains(j.first, n) })
 	}
 	c.collect(ctx, &round, j, nodes, decide)
-	return decide(round)
+	return c.decide(t, round, decide)
 }
 
 // probeDecided ends the asking of those that did not report at the first lease.

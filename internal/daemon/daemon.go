@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -375,12 +376,18 @@ func (d *Daemon) handOver() {
 	ctx, cancel := context.WithTimeout(context.Background(), handOverTime)
 	defer cancel()
 	var wg sync.WaitGroup
-	for _, v := range d.state().Live() {
+	st := d.state()
+	has := st.Primaries()
+	for _, v := range st.Live() {
 		if v.Primary != d.self || len(v.InSync) < 2 {
 			continue
 		}
+		heirs := heirsOf(v, has)
+		if i := slices.IndexFunc(heirs, d.linkUp); i >= 0 {
+			has[heirs[i]]++ // it will be, most likely
+		}
 		wg.Go(func() {
-			if err := d.handOverOne(ctx, v); err != nil {
+			if err := d.handOverOne(ctx, v, heirs); err != nil {
 				d.log.Warn("a volume was not handed over; its lease has to lapse", "volume", v.Name, "err", err)
 			}
 		})
@@ -388,10 +395,18 @@ func (d *Daemon) handOver() {
 	wg.Wait()
 }
 
-func (d *Daemon) handOverOne(ctx context.Context, v *state.Volume) error {
+// heirsOf are the nodes that a volume's primary may be moved to, those first that are
+// primary of the fewest.
+func heirsOf(v *state.Volume, has map[ident.Node]int) []ident.Node {
+	heirs := slices.DeleteFunc(slices.Clone(v.InSync), func(n ident.Node) bool { return n == v.Primary })
+	slices.SortStableFunc(heirs, func(a, b ident.Node) int { return has[a] - has[b] })
+	return heirs
+}
+
+func (d *Daemon) handOverOne(ctx context.Context, v *state.Volume, heirs []ident.Node) error {
 	err := error(control.Errorf(control.CodeRefused, "", "no other in-sync replica is reached"))
-	for _, n := range v.InSync {
-		if n == d.self || !d.linkUp(n) {
+	for _, n := range heirs {
+		if !d.linkUp(n) {
 			continue
 		}
 		if err = d.switchover(ctx, v.ID, n); err == nil {

@@ -358,10 +358,7 @@ func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()
 	last := errors.New("no other replica is in sync")
-	for _, to := range sv.InSync {
-		if to == from {
-			continue
-		}
+	for _, to := range heirsOf(sv, d.state().Primaries()) {
 		if last = d.switchover(ctx, sv.ID, to); last == nil {
 			return nil
 		}

@@ -16,6 +16,7 @@ type Round struct {
 	Answers map[ident.Node]ident.SealAnswer // of those that answered; an absent one is not in it
 	Prefer  ident.Node                      // among equals; "" nobody
 	Avoid   ident.Node                      // among equals the last; "" nobody
+	Has     map[ident.Node]int              // primaries of other volumes: among equals those with few go first
 	// PowerLoss allows to promote after a power loss (after_power_loss: auto,
 	// or the operator said so); GraceOver, to do so without those that are
 	// still absent.
@@ -151,8 +152,9 @@ func (r *Round) hearAnswer(h *heard, n ident.Node, rep *Replica, a ident.SealAns
 	}
 }
 
-// best is the one with the highest position; among equals the preferred one,
-// else the first by name that is not to be avoided.
+// best is the one with the highest position; among equals the preferred one, else
+// of those that are not to be avoided the one that is primary of the fewest other
+// volumes, the first by name.
 func (r *Round) best(nodes []ident.Node) ident.Node {
 	sorted := slices.Sorted(slices.Values(nodes))
 	rank := func(n ident.Node) int {
@@ -172,7 +174,7 @@ func (r *Round) best(nodes []ident.Node) ident.Node {
 	win := sorted[0]
 	for _, n := range sorted[1:] {
 		c := r.Answers[n].Last.Compare(r.Answers[win].Last)
-		if c > 0 || (c == 0 && rank(n) > rank(win)) {
+		if d := rank(n) - rank(win); c > 0 || c == 0 && (d > 0 || d == 0 && r.Has[n] < r.Has[win]) {
 			win = n
 		}
 	}

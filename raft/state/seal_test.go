@@ -193,6 +193,32 @@ func TestDecideSealTies(t *testing.T) {
 // A primary that reaches none of those with whom it would have to commit has the
 // longest log, by its own markers. It is passed over as soon as enough others
 // have answered, unless it may have answered clients alone.
+// Who is primary of fewer other volumes wins among equals alone: a Position, what was
+// asked for, and who is to be avoided go first.
+func TestDecideSealSpreads(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		b, c          ident.Seq
+		prefer, avoid ident.Node
+		leaving       bool
+		want          ident.Node
+	}{
+		{name: "equal", want: "c"},
+		{name: "b is ahead", b: 1, want: "b"},
+		{name: "c is ahead", c: 1, want: "c"},
+		{name: "b is asked for", prefer: "b", want: "b"},
+		{name: "c is avoided", avoid: "c", want: "b"},
+		{name: "c leaves", leaving: true, want: "b"},
+	} {
+		r := roundOf([]member{{make: func(*Replica, *Round) {}}, {make: accepted(5+tc.b, nil)}, {make: accepted(5+tc.c, nil)}})
+		r.Prefer, r.Avoid, r.Has = tc.prefer, tc.avoid, map[ident.Node]int{"b": 2, "c": 1}
+		r.Volume.Replica("c").Leaving = tc.leaving
+		if v := DecideSeal(r); v.Kind != VerdictPromote || v.Node != tc.want {
+			t.Errorf("%s: %v of %s, not of %s", tc.name, v.Kind, v.Node, tc.want)
+		}
+	}
+}
+
 func TestDecideSealPassesOverACutOffPrimary(t *testing.T) {
 	cut := func() Round {
 		r := roundOf([]member{members[1], members[0], members[0]})

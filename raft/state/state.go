@@ -190,6 +190,17 @@ func (s *State) Live() []*Volume {
 	return out
 }
 
+// Primaries is of how many volumes each node is the primary.
+func (s *State) Primaries() map[ident.Node]int {
+	has := map[ident.Node]int{}
+	for _, v := range s.Volumes {
+		if !v.Deleted && v.Epoch > 0 {
+			has[v.Primary]++
+		}
+	}
+	return has
+}
+
 // NodeNames lists the members, by name.
 func (s *State) NodeNames() []ident.Node { return slices.Sorted(maps.Keys(s.Nodes)) }
 
