@@ -13,9 +13,10 @@ import (
 // hashicorp/raft sends heartbeats from goroutines that never touch the disk, so
 // a leader whose disk hangs stays leader and can commit nothing: no volume
 // could be failed over while it lasts. Therefore a node whose Raft store has
-// had a write out for longer than StallTimeout falls silent on Raft's
-// connections; the others elect a leader whose disk works. It speaks again as
-// soon as the write returns, and learns of the newer term.
+// had a write out for longer than StallTimeout hands the leadership over, if it
+// has it, and falls silent on Raft's connections; the others elect a leader whose
+// disk works. It speaks again as soon as the write returns, and learns of the
+// newer term.
 
 // diskWatch knows for how long the Raft store's writes have made no progress.
 type diskWatch struct {
@@ -93,22 +94,63 @@ func (s *watchedStore) SetUint64(k []byte, v uint64) error {
 // as on a disk that is full; nil when it could. It is tried again by itself.
 func (n *Node) StoreError() error { return n.disk.failure() }
 
+// look is how long to wait until a write that is out may have been so for limit.
+func (w *diskWatch) look(limit time.Duration) time.Duration {
+	if d := w.stalled(); d > 0 && d <= limit {
+		return limit - d + time.Millisecond
+	}
+	return limit / 10
+}
+
 // runDiskWatch mutes the stream while the store hangs.
 func (n *Node) runDiskWatch() {
 	defer n.wg.Done()
 	muted := false
-	for pause(n.ctx, n.opts.StallTimeout/10) {
+	for pause(n.ctx, n.disk.look(n.opts.StallTimeout)) {
 		hangs := n.disk.stalled() > n.opts.StallTimeout
 		switch {
 		case hangs && !muted:
 			n.log.Error("the disk of the cluster state hangs: this node falls silent in Raft, so that another one can lead",
 				"dir", n.opts.Dir, "stall_timeout", n.opts.StallTimeout)
+			n.abdicate()
 			n.stream.mute.set(true)
+			n.trans.CloseStreams() // it would send its first requests for votes, later, on those that it keeps
 		case !hangs && muted:
 			n.log.Info("the disk of the cluster state answers again")
 			n.stream.mute.set(false)
 		}
 		muted = hangs
+	}
+}
+
+// abdicate has another node stand for election, if this one leads. From silence alone
+// the others would find out after one to three times HeartbeatTimeout, and one of them
+// that is first finds no votes, since the rest still believe in a leader. It is what
+// hashicorp/raft sends at the end of a leadership transfer, which it cannot begin while
+// its main goroutine stands in the write. It is safe at any time: whoever stands is
+// elected only by a majority, and with a log as long as theirs. One is asked, since two
+// that stand at once would take one another's votes.
+func (n *Node) abdicate() {
+	f := n.raft.GetConfiguration()
+	if n.raft.State() != hraft.Leader || f.Error() != nil {
+		return
+	}
+	self := n.RaftID()
+	header := hraft.RPCHeader{ProtocolVersion: hraft.ProtocolVersionMax, ID: []byte(self), Addr: n.trans.EncodePeer(hraft.ServerID(self), n.trans.LocalAddr())}
+	begin := time.Now()
+	for _, s := range f.Configuration().Servers {
+		if string(s.ID) == self || s.Suffrage != hraft.Voter {
+			continue
+		}
+		err := n.trans.TimeoutNow(s.ID, s.Address, &hraft.TimeoutNowRequest{RPCHeader: header}, &hraft.TimeoutNowResponse{})
+		if err == nil {
+			n.log.Info("raft: another node stands for election in the place of this one", "node", s.ID)
+			return
+		}
+		n.log.Info("raft: a node does not take over", "node", s.ID, "err", err)
+		if time.Since(begin) >= ioTimeout {
+			return // they find out by themselves
+		}
 	}
 }
 

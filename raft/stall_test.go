@@ -42,6 +42,45 @@ func TestDiskWatch(t *testing.T) {
 	})
 }
 
+// TestALeaderWhoseDiskHangs: when a write to its store has been out for StallTimeout,
+// another node leads at once, and not after the silence that the others allow a leader;
+// also when the first that it asks is gone. When the write returns it follows.
+func TestALeaderWhoseDiskHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestCluster(t)
+		defer c.stop()
+		for _, f := range testFounders {
+			c.start(f.Name)
+		}
+		c.apply(event("all is well"))
+		for range 4 {
+			l := c.waitLeader()
+			time.Sleep(5 * time.Second)
+			begin := time.Now()
+			l.disk.begin()
+			until(t, "another leader", func() bool { o := c.other(l); return o != nil })
+			if took := time.Since(begin); took < l.opts.StallTimeout || took > l.opts.StallTimeout+200*time.Millisecond {
+				t.Errorf("another node leads after %v, with a stall_timeout of %v", took, l.opts.StallTimeout)
+			}
+			_ = l.disk.end(nil)
+			until(t, "it follows", func() bool { o := c.other(l); return o != nil && !l.IsLeader() })
+			c.apply(event("another leads"))
+		}
+	})
+}
+
+// other is a leader beside l.
+func (c *testCluster) other(l *Node) *Node {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	for _, n := range c.net.nodes {
+		if n != l && n.IsLeader() {
+			return n
+		}
+	}
+	return nil
+}
+
 // TestMuteSwitch: connections from before end when it is switched on, those
 // made meanwhile at once, those after it live.
 func TestMuteSwitch(t *testing.T) {
