@@ -91,6 +91,8 @@ const (
 	boltFile  = "raft.db"
 	lockWait  = 2 * time.Second
 	applyWait = 5 * time.Second // when the context has no deadline
+	// transferWait is how long a leader that stops tries to hand over: it takes milliseconds.
+	transferWait = time.Second
 
 	// The state is a few hundred KiB at most and is written whole: a snapshot
 	// every thousand commands keeps the log, and so a restart, short.
@@ -465,7 +467,9 @@ func (n *Node) translate(err error) error {
 func (n *Node) Shutdown() error {
 	n.closeOnce.Do(func() {
 		if n.IsLeader() && len(n.State().Nodes) > 1 {
-			ctx, cancel := context.WithTimeout(n.ctx, n.opts.ElectionTimeout)
+			// To nodes that are gone too it would take until this one no longer leads: most of
+			// HeartbeatTimeout.
+			ctx, cancel := context.WithTimeout(n.ctx, min(n.opts.ElectionTimeout, transferWait))
 			if err := n.TransferLeadership(ctx); err != nil {
 				n.log.Debug("raft: leadership was not handed over", "err", err)
 			}

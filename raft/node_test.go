@@ -22,6 +22,7 @@ type testCluster struct {
 	net  *testNet
 	base string
 	dirs map[ident.Node]string
+	pace time.Duration // HeartbeatTimeout and ElectionTimeout; 0: the default
 }
 
 var testFounders = []Founder{
@@ -48,6 +49,7 @@ func (c *testCluster) options(name ident.Node) Options {
 	return Options{
 		Dir: c.dirs[name], Node: name, Cluster: "prod", Founders: testFounders, Address: address,
 		Listener: c.net.listen(address), Dial: c.net.dialer(address), Peers: c.net, Logger: testLogger(c.t).With("node", name),
+		HeartbeatTimeout: c.pace, ElectionTimeout: c.pace,
 	}
 }
 
@@ -637,6 +639,35 @@ func TestFoundingIsEndedAfterACrash(t *testing.T) {
 }
 
 // A log with a command of a newer build stops the node, and loses nothing.
+// TestAllStop: a leader that stops last, with something that the others do not have, does
+// not wait for them, however long it would take until it finds out that it leads nobody.
+func TestAllStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestCluster(t)
+		c.pace = time.Minute
+		for _, f := range testFounders {
+			c.start(f.Name)
+		}
+		time.Sleep(3 * c.pace)
+		l := c.waitLeader()
+		for _, f := range testFounders {
+			if f.Name != l.opts.Node {
+				c.kill(f.Name)
+			}
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := l.Apply(ctx, event("who hears of it?")); !errors.Is(err, ErrUnknownOutcome) {
+			t.Errorf("with nobody there: %v", err)
+		}
+		begin := time.Now()
+		c.stop()
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Errorf("it takes %v", took)
+		}
+	})
+}
+
 func TestNewerCommandHalts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestCluster(t)

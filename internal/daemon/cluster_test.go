@@ -395,6 +395,23 @@ func TestAStoppedNodeHandsOver(t *testing.T) {
 	}
 }
 
+// TestAllStopAtOnce: a primary whose heirs stop too does not try to hand over for all of the
+// time that it has for that.
+func TestAllStopAtOnce(t *testing.T) {
+	nodes := newCluster(t, "")
+	nodes["alpha"].create("db", 16<<20)
+	nodes["alpha"].healthy("db")
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for _, n := range nodes {
+		wg.Go(n.halt)
+	}
+	wg.Wait()
+	if took := time.Since(begin); took >= handOverTime {
+		t.Errorf("it took %v", took)
+	}
+}
+
 // TestAWipedReplica: a replica whose files are gone is not made anew behind the
 // operator's back; invalidate does it, and it comes back with the content.
 func TestAWipedReplica(t *testing.T) {

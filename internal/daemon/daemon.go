@@ -33,6 +33,9 @@ const (
 	// handOverTime is how long a stopping daemon takes to give its volumes to
 	// other nodes, before the clients would notice that it is gone.
 	handOverTime = 5 * time.Second
+	// heirsGone is how long none of the nodes that could take a volume over may have a link
+	// until it stops trying: they stop too.
+	heirsGone = 500 * time.Millisecond
 )
 
 // Daemon is one running node.
@@ -404,6 +407,8 @@ func heirsOf(v *state.Volume, has map[ident.Node]int) []ident.Node {
 }
 
 func (d *Daemon) handOverOne(ctx context.Context, v *state.Volume, heirs []ident.Node) error {
+	ctx, done := d.whileLinked(ctx, heirs)
+	defer done()
 	err := error(control.Errorf(control.CodeRefused, "", "no other in-sync replica is reached"))
 	for _, n := range heirs {
 		if !d.linkUp(n) {
@@ -414,4 +419,23 @@ func (d *Daemon) handOverOne(ctx context.Context, v *state.Volume, heirs []ident
 		}
 	}
 	return err
+}
+
+// whileLinked gives a context that ends when none of the nodes has had a link here for
+// heirsGone. Whoever asks calls done.
+func (d *Daemon) whileLinked(ctx context.Context, nodes []ident.Node) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer cancel()
+		for linked := time.Now(); time.Since(linked) < heirsGone; {
+			if slices.ContainsFunc(nodes, d.linkUp) {
+				linked = time.Now()
+			}
+			if !pause(ctx, applyPause) {
+				return
+			}
+		}
+	})
+	return ctx, func() { cancel(); wg.Wait() }
 }
