@@ -161,3 +161,38 @@ func TestZeroesAreAppliedInSteps(t *testing.T) {
 		t.Errorf("%d bytes were zeroed, at most %d in one call; want %d and %d", total.Load(), most.Load(), length, applyZeroMax)
 	}
 }
+
+// TestALogOnASmallDiskWhileOneIsAway: a member of the in-sync set that is down keeps the
+// log from being trimmed, until it lags so far that it is evicted: before the disks of
+// the others are full.
+func TestALogOnASmallDiskWhileOneIsAway(t *testing.T) {
+	const disk, block = 128 << 20, 256 << 10
+	c := newTestCluster(t, 1<<20, 3)
+	defer c.close()
+	for _, name := range c.names {
+		c.nodes[name].mem.SetCapacity(disk)
+		c.stop(name)
+	}
+	for _, name := range c.names {
+		c.start(name) // it looks at the disk
+	}
+	s := c.session(c.promote("n1"))
+	s.mustWrite(0, pattern(1, block))
+	for _, name := range c.names {
+		if name != c.view.Primary {
+			c.kill(name)
+			break
+		}
+	}
+	data := pattern(2, block)
+	for range 2 * disk / block {
+		s.mustWrite(0, data)
+	}
+	for _, name := range c.names {
+		if v := c.nodes[name].volume(); v != nil {
+			if st := v.Status(); st.Core.State != "InSync" || st.Storage.LogBytes > disk*3/4 {
+				t.Errorf("%s is %s: %s; its log takes %d MiB of %d", name, st.Core.State, st.Core.Reason, st.Storage.LogBytes>>20, disk>>20)
+			}
+		}
+	}
+}

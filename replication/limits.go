@@ -28,8 +28,9 @@ const (
 	checkpointMaxDefault = 512 << 20
 	checkpointMaxLeast   = 64 << 20 // with a log_retention or a size below it
 	// Of a small disk (less than 2 GiB, as the defaults are) the log is kept to these
-	// parts: what is retained; and what waits to be applied, as what is applied between
-	// two checkpoints and while one is made.
+	// parts: what is retained, and what a member of the in-sync set may lag behind; and
+	// what waits to be applied, as what is applied between two checkpoints and while one
+	// is made.
 	retentionShare       = 8
 	checkpointShare      = 4
 	checkpointAgeDefault = 30 * time.Second

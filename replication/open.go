@@ -202,6 +202,10 @@ func (rp *replica) openFiles() (core.Start, error) {
 // disk at the most, which it would fill otherwise, sooner or later.
 func (rp *replica) retention() int64 { return min(rp.opt.LogRetention, rp.share(retentionShare)) }
 
+// lagMax is how far a member of the in-sync set may lag behind, and be away, before it is
+// evicted: until then the log is kept for it.
+func (rp *replica) lagMax() int64 { return min(rp.opt.LagMax, rp.share(retentionShare)) }
+
 // share is a part of the file system of the log, but at least one segment.
 func (rp *replica) share(of int64) int64 {
 	if rp.room == 0 {
@@ -272,7 +276,8 @@ func (rp *replica) coreConfig() core.Config {
 		Heartbeat: int64(o.Heartbeat), LeaseFor: int64(o.LeaseFor), LeaseMax: rp.meta.LeaseMaxNanos,
 		DriftPPM: o.DriftPPM, StallTimeout: int64(o.StallTimeout), RetryAfter: int64(o.RetryAfter),
 		WindowBytes: l.window(), RingBytes: l.ring(), AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,
-		UnappliedMax: int(min(int64(l.UnappliedMax), rp.share(checkpointShare))), UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax, LagMax: o.LagMax, TrimLagMax: trimLagMax,
+		UnappliedMax: int(min(int64(l.UnappliedMax), rp.share(checkpointShare))), UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax,
+		LagMax: rp.lagMax(), TrimLagMax: min(trimLagMax, rp.share(checkpointShare)),
 		ResyncMax: o.ResyncMax, ResyncMin: o.ResyncMin, ResyncChunk: o.ResyncChunk,
 	}
 }

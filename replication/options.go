@@ -123,7 +123,7 @@ type ReplicaOptions struct {
 	RetryAfter   time.Duration // silence after which a peer is probed anew; 0: 1 s
 	LogRetention int64         // bytes of log kept for peers that are away; 0: 256 MiB
 	LogSegment   int64         // bytes of one log file; 0: 16 MiB
-	LagMax       int64         // bytes of log beyond which a lagging replica is evicted; 0: twice the retention
+	LagMax       int64         // bytes of log beyond which a lagging replica is evicted, of a small disk an eighth; 0: twice the retention
 	ResyncMax    int64         // bytes per second that a resync may move; 0: no ceiling
 	ResyncMin    int64         // bytes per second that it may move while clients are busy; 0: 4 MiB
 	ResyncChunk  int           // bytes that it reads at a time; 0: 1 MiB
