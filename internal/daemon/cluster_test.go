@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -458,12 +459,27 @@ func TestAWipedReplica(t *testing.T) {
 // A replica that is removed while its node is down, and wanted there again before it is
 // back, is registered under its id once more.
 func TestAReplicaThatIsWantedAgain(t *testing.T) {
+	t.Run("good", func(t *testing.T) { removeAndWant(t, false) })
+	// One that had failed is not: it is made anew.
+	t.Run("failed", func(t *testing.T) { removeAndWant(t, true) })
+}
+
+func removeAndWant(t *testing.T, failed bool) {
 	nodes := newCluster(t, "")
 	v := nodes["alpha"].create("db", 16<<20)
 	nodes["alpha"].healthy("db")
 	via, victim := nodes[v.Primary], nodes["alpha"]
 	if victim == via {
 		victim = nodes["beta"]
+	}
+	if failed {
+		victim.faults.on(syscall.EIO, "/log/", vfs.OpSync)
+		c := via.open("db")
+		if err := c.WriteAt(t.Context(), make([]byte, 4096), 0); err != nil {
+			t.Fatal(err)
+		}
+		via.sees(victim.name, control.Failed, "input/output error")
+		victim.faults.off()
 	}
 	victim.halt()
 	apply := func(c state.Command) {

@@ -160,10 +160,19 @@ func (d *Daemon) keepVolume(ctx context.Context, id ident.Volume) error {
 // cluster state. Clients of the volume notice none of it.
 func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) error {
 	rep := sv.Replica(d.self)
-	if v.replica.Load() && (rep == nil || d.shallRemake(sv.ID, rep)) {
+	// It was removed and is wanted again, and was open before that was seen here. One
+	// that has failed comes back only as another one.
+	again := v.replica.Load() && rep != nil && rep.Replica == 0 && d.isCurrent()
+	anew := again && !sv.InSet(d.self) && v.driver.Status().Core.Role == core.RoleFailed
+	if v.replica.Load() && (rep == nil || anew || d.shallRemake(sv.ID, rep)) {
 		v.replica.Store(false)
 		if err := v.driver.StopReplica(); err != nil {
 			d.log.Warn("the replica that goes did not stop cleanly", "volume", v.name, "err", err)
+		}
+	}
+	if anew {
+		if err := d.removeReplicaDir(sv.ID); err != nil {
+			return err
 		}
 	}
 	switch {
@@ -171,8 +180,7 @@ func (d *Daemon) keepReplica(ctx context.Context, v *volume, sv *state.Volume) e
 		return nil
 	case rep == nil:
 		return d.removeReplicaDir(sv.ID)
-	case v.replica.Load() && rep.Replica == 0 && d.isCurrent():
-		// It was removed and is wanted again, and was open before that was seen here.
+	case again && !anew:
 		local, err := d.localReplica(d.replicaDir(sv.ID))
 		if err != nil {
 			return err
@@ -386,6 +394,13 @@ func (d *Daemon) invalidated(id ident.Volume, rep *state.Replica) bool {
 // no primary.
 var errStillInSet = errors.New("a new one is made by itself once the in-sync set is without the old one")
 
+// failedHere reports whether the replica in dir has failed: if the cluster state does
+// not say so, it was removed since, and is wanted again as another one.
+func (d *Daemon) failedHere(dir string) bool {
+	m, err := d.localMeta(dir)
+	return err == nil && m.Failed != ""
+}
+
 // replicaOptions finds this node's replica, making and registering it when the
 // cluster state expects a new one. It never makes one in the place of another
 // that the cluster counts on: an empty disk must not answer for a full one.
@@ -409,7 +424,7 @@ func (d *Daemon) replicaOptions(ctx context.Context, sv *state.Volume, rep *stat
 		return ro, nil
 	case !d.isCurrent():
 		return nil, errNotCurrent
-	case d.shallRemake(sv.ID, rep):
+	case d.shallRemake(sv.ID, rep), err == nil && rep.Replica == 0 && !sv.InSet(d.self) && d.failedHere(dir):
 		if err := d.removeReplicaDir(sv.ID); err != nil {
 			return nil, err
 		}
@@ -481,16 +496,21 @@ func (d *Daemon) whileWanted(ctx context.Context, id ident.Volume) (_ context.Co
 // localReplica reads the id of the replica in dir; fs.ErrNotExist when there is
 // none.
 func (d *Daemon) localReplica(dir string) (ident.Replica, error) {
+	m, err := d.localMeta(dir)
+	return m.Replica, err
+}
+
+func (d *Daemon) localMeta(dir string) (m store.Meta, err error) {
 	path := filepath.Join(dir, "meta")
 	if _, err := os.Stat(path); err != nil {
-		return 0, err
+		return m, err
 	}
 	mf, err := store.OpenMeta(d.fs, path)
 	if err != nil {
-		return 0, err
+		return m, err
 	}
 	defer func() { _ = mf.Close() }() // it was only read
-	return mf.Load().Replica, nil
+	return mf.Load(), nil
 }
 
 // registration is the command that gives a replica its id. was is the one in whose place
