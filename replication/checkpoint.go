@@ -23,6 +23,7 @@ type checkpointer struct {
 	since  time.Time // when the first of them were
 	waiter []chan error
 	hurry  bool
+	making bool
 }
 
 // checkpointMax returns how many bytes of the log are applied between two checkpoints
@@ -81,8 +82,23 @@ func (c *checkpointer) due(l *Limits) (bool, []chan error, time.Duration) {
 		return false, nil, left
 	}
 	waiter := c.waiter
-	c.bytes, c.waiter, c.hurry = 0, nil, false
+	c.bytes, c.waiter, c.hurry, c.making = 0, nil, false, true
 	return true, waiter, 0
+}
+
+// made says that a checkpoint has been made, or not.
+func (c *checkpointer) made() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.making = false
+}
+
+// behind reports whether a checkpoint is being made, and the next one is due already:
+// all that was applied since the last one is in the log.
+func (c *checkpointer) behind() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.making && c.bytes >= c.most
 }
 
 // runCheckpointer makes checkpoints until ctx ends.
@@ -102,6 +118,8 @@ func (rp *replica) runCheckpointer(ctx context.Context) {
 			continue
 		}
 		err := rp.makeCheckpoint(ctx)
+		rp.checkpointer.made()
+		signal(rp.applier.wake)
 		for _, w := range waiter {
 			w <- err
 		}

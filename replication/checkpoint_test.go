@@ -3,6 +3,8 @@ package replication
 import (
 	"math"
 	"path/filepath"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -39,9 +41,10 @@ func TestCheckpointsOfASmallVolume(t *testing.T) {
 	for _, c := range []struct{ disk, retention, checkpoint int64 }{
 		{0, 256 << 20, 512 << 20},
 		{1 << 40, 256 << 20, 512 << 20},
-		{2 << 30, 256 << 20, 512 << 20},
-		{1 << 30, 128 << 20, 256 << 20},
-		{200 << 20, 25 << 20, 50 << 20},
+		{4 << 30, 256 << 20, 512 << 20},
+		{2 << 30, 256 << 20, 256 << 20},
+		{1 << 30, 128 << 20, 128 << 20},
+		{200 << 20, 25 << 20, 25 << 20},
 		{40 << 20, 16 << 20, 16 << 20},
 	} {
 		rp.room = c.disk
@@ -159,6 +162,53 @@ func TestZeroesAreAppliedInSteps(t *testing.T) {
 	}
 	if total.Load() != length || most.Load() > applyZeroMax {
 		t.Errorf("%d bytes were zeroed, at most %d in one call; want %d and %d", total.Load(), most.Load(), length, applyZeroMax)
+	}
+}
+
+// TestALogOnASmallDiskWhileACheckpointIsMade: a checkpoint that takes long holds clients
+// back before the log has filled the disk, and no longer than it takes.
+func TestALogOnASmallDiskWhileACheckpointIsMade(t *testing.T) {
+	const block = 64 << 10
+	mem := vfs.NewMem(1)
+	mem.SetCapacity(24 << 20)
+	begun, let := make(chan struct{}, 1), make(chan struct{})
+	var hangs atomic.Bool
+	fs := vfs.Inject(mem, func(c vfs.Call) error {
+		if hangs.Load() && c.Op == vfs.OpSync && strings.HasSuffix(c.Path, "/data") {
+			signal(begun)
+			<-let
+		}
+		return nil
+	})
+	release := sync.OnceFunc(func() { close(let) })
+	t.Cleanup(release)
+	v, s := openLoneWith(t, 1<<20, Options{Replica: &ReplicaOptions{FS: fs, LogSegment: 1 << 20}})
+	hangs.Store(true)
+	const writes = 1024 // 64 MiB
+	done := make(chan error, writes)
+	for range writes {
+		s.Submit(&Request{Op: OpWrite, Length: block, Data: buf.Get(block), Complete: func(r *Request, err error) {
+			r.Data.Release()
+			done <- err
+		}})
+	}
+	<-begun
+	for answered := -1; answered < len(done); time.Sleep(200 * time.Millisecond) {
+		answered = len(done) // until no more are
+	}
+	if st := v.Status(); st.Core.State != "InSync" || len(done) == writes {
+		t.Errorf("it is %s: %s; %d of %d writes are answered", st.Core.State, st.Core.Reason, len(done), writes)
+	}
+	release()
+	for i := range writes {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatalf("write %d: %v", i, err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("write %d: no answer; it is %+v", i, v.Status().Core)
+		}
 	}
 }
 

@@ -27,12 +27,16 @@ const (
 	// the volume at the most.
 	checkpointMaxDefault = 512 << 20
 	checkpointMaxLeast   = 64 << 20 // with a log_retention or a size below it
-	// Of a small disk (less than 2 GiB, as the defaults are) the log is kept to these
-	// parts: what is retained, and what a member of the in-sync set may lag behind; and
-	// what waits to be applied, as what is applied between two checkpoints and while one
-	// is made.
-	retentionShare       = 8
-	checkpointShare      = 4
+	// Of a small disk (less than 4 GiB, as the defaults are) the log is kept to these
+	// parts: what is retained, and what a member of the in-sync set may lag behind; what
+	// is applied between two checkpoints, and as much again while one is made; and what
+	// waits to be applied.
+	retentionShare  = 8
+	checkpointShare = 8
+	unappliedShare  = 16
+	// applyHoldMax is how long the applier waits there for a checkpoint that is made:
+	// one that takes longer may never end, and a disk that is full is failed over.
+	applyHoldMax         = time.Minute
 	checkpointAgeDefault = 30 * time.Second
 	// trimLagMax is for how many bytes of log the trim horizon waits for a member of
 	// the in-sync set to be evicted, when log_retention is small: what is written in

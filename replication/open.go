@@ -216,6 +216,9 @@ func (rp *replica) share(of int64) int64 {
 	return max(rp.room/of, least)
 }
 
+// small reports whether the log is to keep to a part of its disk.
+func (rp *replica) small() bool { return rp.share(checkpointShare) < checkpointMaxDefault }
+
 // spareBytes is how much of trimmed segments is kept for a volume of that size: what a
 // checkpoint covers, and what is written while it is made. With fewer, a load that
 // goes on would have files removed and made anew, of memory and blocks that are new,
@@ -276,7 +279,7 @@ func (rp *replica) coreConfig() core.Config {
 		Heartbeat: int64(o.Heartbeat), LeaseFor: int64(o.LeaseFor), LeaseMax: rp.meta.LeaseMaxNanos,
 		DriftPPM: o.DriftPPM, StallTimeout: int64(o.StallTimeout), RetryAfter: int64(o.RetryAfter),
 		WindowBytes: l.window(), RingBytes: l.ring(), AppendBytesMax: appendBytesMax, AppendEntriesMax: appendEntriesMax,
-		UnappliedMax: int(min(int64(l.UnappliedMax), rp.share(checkpointShare))), UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax,
+		UnappliedMax: int(min(int64(l.UnappliedMax), rp.share(unappliedShare))), UnappliedEntries: l.UnappliedEntries, DedupMax: dedupMax,
 		LagMax: rp.lagMax(), TrimLagMax: min(trimLagMax, rp.share(checkpointShare)),
 		ResyncMax: o.ResyncMax, ResyncMin: o.ResyncMin, ResyncChunk: o.ResyncChunk,
 	}

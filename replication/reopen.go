@@ -139,12 +139,17 @@ func RoomNeeded(total, segment int64) int64 {
 }
 
 // LogRoom is about how much the log of a replica takes where it is written to without an
-// end: what is retained (0: the default) and what is applied between two checkpoints. size
-// is the volume's, total what the file system of the log has in all.
+// end: what is retained (0: the default) and what is applied between two checkpoints; on a
+// small disk all that it may come to. size is the volume's, total what the file system of
+// the log has in all.
 func LogRoom(retention int64, size uint64, total int64) int64 {
 	def(&retention, logRetentionDefault)
+	retained := min(retention, max(total/retentionShare, roomLeast))
 	applied := min(checkpointMaxDefault, int64(max(min(size, math.MaxInt64), checkpointMaxLeast)), max(2*retention, checkpointMaxLeast))
-	return min(retention, max(total/retentionShare, roomLeast)) + min(applied, max(total/checkpointShare, roomLeast))
+	if total >= checkpointShare*checkpointMaxDefault {
+		return retained + applied
+	}
+	return retained + 2*min(applied, max(total/checkpointShare, roomLeast)) + max(total/unappliedShare, roomLeast)
 }
 
 func roomIn(fs vfs.FS, dir string, bytes int64) error {

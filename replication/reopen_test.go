@@ -58,8 +58,8 @@ func fillDisk(t *testing.T, capacity int64) {
 	c.close()
 }
 
-// TestLogRoom: what is retained and what is applied between two checkpoints, each no more
-// than its share of a small disk.
+// TestLogRoom: what is retained and what is applied between two checkpoints; of a small
+// disk at most its shares, and what comes on top while a checkpoint is made.
 func TestLogRoom(t *testing.T) {
 	for _, tc := range []struct {
 		retention   int64
@@ -70,8 +70,10 @@ func TestLogRoom(t *testing.T) {
 		{1 << 30, 1 << 40, 1 << 40, 1536 << 20},
 		{0, 1 << 20, 1 << 40, 320 << 20},
 		{1 << 20, 1 << 40, 1 << 40, 65 << 20},
-		{0, 1 << 30, 120 << 20, 46 << 20},
-		{0, 1 << 30, 0, 32 << 20},
+		{0, 1 << 40, 4 << 30, 768 << 20},
+		{0, 1 << 30, 1 << 30, 448 << 20},
+		{0, 1 << 30, 120 << 20, 64 << 20},
+		{0, 1 << 30, 0, 64 << 20},
 	} {
 		if got := LogRoom(tc.retention, tc.size, tc.total); got != tc.want {
 			t.Errorf("%+v: %d MiB", tc, got>>20)
