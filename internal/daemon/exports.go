@@ -28,7 +28,8 @@ const (
 type exports struct {
 	d *Daemon
 	// old is from when on a volume is shown as this node remembers it, when it has
-	// not heard the cluster's state since its start.
+	// not heard the cluster's state since its start, and there is no Raft leader to
+	// hear it from.
 	old time.Time
 }
 
@@ -98,12 +99,14 @@ func (e exports) find(name string) (target, error) {
 // has heard the cluster's state, so that a client that comes back at once is not
 // told that its volume is gone, or smaller than it was. Without a Raft leader a
 // volume that is remembered is served all the same, after one such wait for all.
+// (With one the node is about to hear, and on the way there sees sizes, and volumes,
+// of long ago.)
 func (e exports) await(ctx context.Context, name string) (target, error) {
 	for {
 		current := e.d.isCurrent()
 		t, err := e.find(name)
 		switch {
-		case current, err == nil && !time.Now().Before(e.old):
+		case current, err == nil && e.alone():
 			return t, err
 		case pause(ctx, exportPause):
 		case err == nil:
@@ -112,6 +115,12 @@ func (e exports) await(ctx context.Context, name string) (target, error) {
 			return t, notYet{name}
 		}
 	}
+}
+
+// alone reports whether it is no use to wait until this node hears how the cluster is.
+func (e exports) alone() bool {
+	leader, _ := e.d.raft.Leader()
+	return leader == "" && !time.Now().Before(e.old)
 }
 
 // notYet is an nbd.ErrNoExport of a node that has not heard the cluster's state
@@ -149,7 +158,7 @@ func (e exports) Open(ctx context.Context, name string, c nbd.Client) (nbd.Sessi
 		c.Kill(reason)
 	}}
 	for {
-		s, err := e.open(ctx, t, client)
+		s, err := e.open(ctx, wait, t, client)
 		switch {
 		case err == nil:
 			return &session{d: e.d, vol: t.volume.ID, s: s, info: t.info}, nil
@@ -163,13 +172,19 @@ func (e exports) Open(ctx context.Context, name string, c nbd.Client) (nbd.Sessi
 // opened yet, or cannot open.
 var errNotOpen = errors.New("it is not open on this node: try again, or see blockstep status")
 
-func (e exports) open(ctx context.Context, t target, client replication.Client) (*replication.Session, error) {
+// open opens what t stands for. A volume that has grown hears of it a moment after
+// this node has: until then, or until wait ends, no client is let in, who would keep
+// the size of before for as long as it stays.
+func (e exports) open(ctx, wait context.Context, t target, client replication.Client) (*replication.Session, error) {
 	v := e.d.volume(t.volume.ID)
 	if v == nil {
 		if problem := e.d.problemOf(t.volume.ID); problem != nil {
 			return nil, fmt.Errorf("%w: %w", errNotOpen, problem)
 		}
 		return nil, errNotOpen
+	}
+	for v.driver.Size() < t.volume.Size && pause(wait, exportPause) {
+		continue
 	}
 	if t.at == "" {
 		return v.driver.OpenSession(ctx, client)

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
 	"github.com/blockstep/blockstep/nbd"
+	"github.com/blockstep/blockstep/replication"
 )
 
 // TestAnExportIsNotOlderThanTheStart: a daemon that has just started remembers its
@@ -18,7 +20,8 @@ import (
 func TestAnExportIsNotOlderThanTheStart(t *testing.T) {
 	t.Parallel()
 	const old, grown = 8 << 20, 16 << 20
-	alpha := newCluster(t, "")["alpha"]
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
 	alpha.create("db", old)
 	alpha.healthy("db")
 	running := alpha.daemon.Load()
@@ -34,17 +37,15 @@ func TestAnExportIsNotOlderThanTheStart(t *testing.T) {
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
 	is(over, e, old)                           // a wait that is over
-	is(t.Context(), exports{d: d}, old)        // the wait for all that is over
 	_, err := exports{d: d}.await(over, "web") // not known
 	if !errors.Is(err, nbd.ErrNoExport) || !errors.As(err, new(notYet)) {
 		t.Errorf("a volume that is not known: %v", err)
 	}
 
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		is(t.Context(), e, grown)
-	}()
+	var waiting sync.WaitGroup
+	waiting.Go(func() { is(t.Context(), e, grown) })
+	waiting.Go(func() { is(t.Context(), exports{d: d}, grown) }) // there is a leader
+	time.Sleep(5 * exportPause)                                  // a wait that is none ends here
 	if _, err := alpha.client.ResizeVolume(t.Context(), "db", control.Resize{Size: grown}); err != nil {
 		t.Error(err)
 	}
@@ -55,7 +56,62 @@ func TestAnExportIsNotOlderThanTheStart(t *testing.T) {
 		return nil
 	})
 	close(d.current)
-	<-done
+	waiting.Wait()
+
+	nodes["beta"].halt()
+	nodes["gamma"].halt()
+	alpha.eventually(20*time.Second, "it has no leader", func(context.Context) error {
+		if leader, _ := running.raft.Leader(); leader != "" {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	d = &Daemon{cfg: running.cfg, raft: running.raft, current: make(chan struct{})}
+	is(t.Context(), exports{d: d}, grown) // the wait for all that is over
+}
+
+// TestAnExportIsAsLargeAsItsVolume: the volume hears of its new size after the node
+// has, and no client comes between them.
+func TestAnExportIsAsLargeAsItsVolume(t *testing.T) {
+	t.Parallel()
+	const old, grown = 8 << 20, 16 << 20
+	alpha := newCluster(t, "")["alpha"]
+	alpha.create("db", old)
+	alpha.healthy("db")
+	e := alpha.daemon.Load().exports()
+	x, err := e.await(t.Context(), "db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	heard := *x.volume
+	heard.Size = grown
+	x.volume = &heard
+
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	size := func(wait context.Context) uint64 {
+		s, err := e.open(t.Context(), wait, x, replication.Client{})
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		defer s.Close()
+		return s.Size()
+	}
+	if n := size(over); n != old {
+		t.Errorf("a wait that is over: %d bytes, want %d", n, old)
+	}
+	var waiting sync.WaitGroup
+	waiting.Go(func() {
+		if n := size(t.Context()); n != grown {
+			t.Errorf("%d bytes, want %d", n, grown)
+		}
+	})
+	time.Sleep(5 * exportPause)
+	if _, err := alpha.client.ResizeVolume(t.Context(), "db", control.Resize{Size: grown}); err != nil {
+		t.Error(err)
+	}
+	waiting.Wait()
 }
 
 // TestClientsOfAVolume: who uses a volume is known of every node, also of one that
