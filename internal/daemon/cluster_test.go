@@ -683,8 +683,12 @@ func TestDrain(t *testing.T) {
 		_, err := alpha.client.AddNode(ctx, control.AddNode{Name: "delta", Address: address})
 		return err
 	})
-	alpha.eventually(20*time.Second, "the link to delta", func(ctx context.Context) error {
-		list, err := alpha.client.Nodes(ctx)
+	asked := alpha // a node that hears of the new replica after the Raft leader has added it
+	if alpha.daemon.Load().raft.IsLeader() {
+		asked = nodes["beta"]
+	}
+	asked.eventually(20*time.Second, "the link to delta", func(ctx context.Context) error {
+		list, err := asked.client.Nodes(ctx)
 		for _, n := range list {
 			if n.Name == "delta" && n.Up {
 				return nil
@@ -692,7 +696,7 @@ func TestDrain(t *testing.T) {
 		}
 		return fmt.Errorf("%+v, %w", list, err)
 	})
-	if _, err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); err != nil {
+	if _, err := asked.client.ChangeNode(t.Context(), "gamma", "drain"); err != nil {
 		t.Fatalf("drain: %v", err)
 	}
 	alpha.healthy("db")

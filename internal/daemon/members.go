@@ -384,7 +384,11 @@ func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.No
 		if to, without = d.placeFor(ctx, sv); to == "" {
 			return false, without, nil
 		}
-		if _, err := d.applyWhole(ctx, state.Command{AddReplica: &state.AddReplica{Volume: id, Node: to}}); err != nil {
+		res, err := d.addReplica(ctx, id, to, 0)
+		if err == nil && !res.OK {
+			err = d.refusal(res.Err())
+		}
+		if err != nil {
 			return false, nil, err
 		}
 		if _, err := d.applyWhole(ctx, state.Command{AddEvent: &state.AddEvent{Event: moves(sv.Name, from, to)}}); err != nil {

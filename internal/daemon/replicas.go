@@ -110,8 +110,11 @@ func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, the
 	return nil
 }
 
-// addReplica adds a replica to a volume that shall have n of them, and waits until
-// that is seen here, or for a moment who has done it instead. It is refused where there are n already.
+// addReplica adds a replica to a volume that shall have n of them, 0 where that is no
+// matter. It returns when this node sees the replica there (where the Raft leader is
+// another one that is a moment later, and until then it looks like one that was
+// removed), or for a moment waits to see who has done it instead. It is refused where
+// there are n already.
 func (d *Daemon) addReplica(ctx context.Context, id ident.Volume, to ident.Node, n int) (state.Result, error) {
 	add := &state.AddReplica{Volume: id, Node: to}
 	if d.state().Understood(state.VersionCompares) {
