@@ -911,3 +911,23 @@ func TestManyAtOnce(t *testing.T) {
 		}
 	})
 }
+
+// TestTheTargetOfASwitchover: a replica that does not count, which an operator's
+// invalidate brings about too, is no reason to name a switchover what only a forced
+// failover has.
+func TestTheTargetOfASwitchover(t *testing.T) {
+	t.Parallel()
+	v := &state.Volume{Name: "db", InSync: []ident.Node{"alpha"}, Replicas: []state.Replica{{Node: "alpha"}, {Node: "beta", Failed: true, Reason: "invalidated by an operator"}}}
+	for _, x := range []struct {
+		request
+		force bool
+	}{{request{to: "beta", switchover: true}, false}, {request{to: "beta"}, true}} {
+		err := target(v, &x.request)
+		if !errors.Is(err, ErrTarget) || !strings.Contains(err.Error(), "invalidated by an operator") || strings.Contains(err.Error(), "--force") != x.force {
+			t.Errorf("switchover %v: %v", x.switchover, err)
+		}
+	}
+	if err := target(v, &request{to: "beta", force: true}); err != nil {
+		t.Errorf("by force: %v", err)
+	}
+}

@@ -110,6 +110,8 @@ func target(v *state.Volume, r *request) error {
 	switch {
 	case rep == nil:
 		return targetError{fmt.Errorf("volume %s has no replica on %s", v.Name, r.to)}
+	case rep.Failed && r.switchover:
+		return targetError{fmt.Errorf("the replica of %s on %s does not count (%s): it can be the primary when it is in sync again; 'blockstep status %s' says what that takes", v.Name, r.to, rep.Reason, v.Name)}
 	case rep.Failed && !r.force:
 		return targetError{fmt.Errorf("the replica of %s on %s failed (%s): replace its disk first, or, if no other is left, add --force --accept-data-loss", v.Name, r.to, rep.Reason)}
 	case !v.InSet(r.to) && !r.force:

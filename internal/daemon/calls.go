@@ -36,8 +36,11 @@ func (d *Daemon) addCalls() {
 		ctx, cancel := context.WithTimeout(ctx, invalidateTime)
 		defer cancel()
 		sv := d.state().Volumes[c.Volume]
-		if sv == nil || sv.Deleted {
-			return struct{}{}, control.Errorf(control.CodeNotFound, "", "no such volume on %s", d.self)
+		if sv != nil && sv.Deleted {
+			return struct{}{}, control.Errorf(control.CodeNotFound, "", "the volume %q was deleted meanwhile", sv.Name)
+		}
+		if sv == nil {
+			return struct{}{}, control.Errorf(control.CodeFailed, "run this again in some seconds; if it stays so: blockstep doctor", "%s has not heard of the volume yet", d.self)
 		}
 		return struct{}{}, d.invalidateHere(ctx, sv)
 	})

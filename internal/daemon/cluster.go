@@ -199,6 +199,11 @@ func (d *Daemon) applyWhole(ctx context.Context, c state.Command) (state.Result,
 // since its name was looked up. The cluster state knows it by its id alone.
 func (d *Daemon) applyTo(ctx context.Context, sv *state.Volume, c state.Command) error {
 	_, err := d.applyWhole(ctx, c)
+	return deletedMeanwhile(sv, err)
+}
+
+// deletedMeanwhile names a volume that was found, and is not there any more.
+func deletedMeanwhile(sv *state.Volume, err error) error {
 	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.CodeNotFound {
 		return control.Errorf(control.CodeNotFound, "", "the volume %q was deleted meanwhile", sv.Name)
 	}

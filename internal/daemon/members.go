@@ -323,7 +323,7 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		return err
 	}
 	n := ident.Node(node)
-	var left, small []string
+	var left, small, down []string
 	for _, sv := range b.d.state().Live() {
 		if sv.Primary == n {
 			if err := b.d.moveAway(ctx, sv, n); err != nil {
@@ -340,6 +340,7 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		if !moved {
 			left = append(left, sv.Name)
 			small = append(small, without...)
+			down = append(down, slices.DeleteFunc(b.d.downWithout(sv), func(m string) bool { return m == node })...)
 		}
 	}
 	if len(small) > 0 {
@@ -347,10 +348,22 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		*last += " (" + strings.Join(slices.Compact(small), ", ") + ")"
 	}
 	if len(left) > 0 {
-		return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, add a node that takes the replicas (blockstep node add) and drain again, or go on with fewer copies: stop it, then blockstep node remove "+node+" --force",
-			"%s is primary of nothing any more, but no other node has room for its replicas of %s", node, strings.Join(left, ", "))
+		return nowhereTo(node, left, down)
 	}
 	return nil
+}
+
+// nowhereTo says which replicas a drain leaves where they are; down are nodes that could
+// take some, and are not up.
+func nowhereTo(node string, left, down []string) error {
+	room, first := "no other node has room for its replicas of "+strings.Join(left, ", "), "add a node that takes the replicas (blockstep node add)"
+	if slices.Sort(down); len(down) > 0 {
+		names := strings.Join(slices.Compact(down), ", ")
+		room = "no other node that is up has room for its replicas of " + strings.Join(left, ", ") + "; not up: " + names
+		first = "start blockstepd on " + names + ", or " + first + ","
+	}
+	return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, "+first+" and drain again, or go on with fewer copies: stop it, then blockstep node remove "+node+" --force",
+		"%s is primary of nothing any more, but %s", node, room)
 }
 
 // moveAway switches a volume over to any other in-sync replica.
@@ -386,7 +399,7 @@ func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.No
 		}
 		res, err := d.addReplica(ctx, id, to, 0)
 		if err == nil && !res.OK {
-			err = d.refusal(res.Err())
+			err = deletedMeanwhile(sv, d.refusal(res.Err()))
 		}
 		if err != nil {
 			return false, nil, err

@@ -484,3 +484,21 @@ func TestWhatIsLeft(t *testing.T) {
 		}
 	}
 }
+
+// TestNowhereTo: a drain that finds no place says which nodes are down that may be one.
+func TestNowhereTo(t *testing.T) {
+	t.Parallel()
+	for _, x := range []struct {
+		down       []string
+		text, next string
+	}{
+		{nil, "but no other node has room for its replicas of db, web", "to remove it, add a node that takes"},
+		{[]string{"gamma", "delta", "gamma"}, "but no other node that is up has room for its replicas of db, web; not up: delta, gamma", "to remove it, start blockstepd on delta, gamma, or add a node that takes"},
+	} {
+		var e *control.Error
+		err := nowhereTo("alpha", []string{"db", "web"}, x.down)
+		if !errors.As(err, &e) || !strings.HasSuffix(e.Message, x.text) || !strings.Contains(e.Next, x.next) {
+			t.Errorf("%v: %v; %s", x.down, err, e.Next)
+		}
+	}
+}

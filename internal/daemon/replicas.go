@@ -102,9 +102,9 @@ func (d *Daemon) raiseReplicas(ctx context.Context, sv *state.Volume, n int, the
 			if v := d.state().Volumes[sv.ID]; v != nil && v.Replica(to) != nil {
 				return d.raiseReplicas(ctx, v, n, then)
 			}
-			return d.refusal(res.Err())
+			return deletedMeanwhile(sv, d.refusal(res.Err()))
 		case !res.OK:
-			return d.refusal(res.Err())
+			return deletedMeanwhile(sv, d.refusal(res.Err()))
 		}
 	}
 	return nil
@@ -138,13 +138,7 @@ func (d *Daemon) addReplica(ctx context.Context, id ident.Volume, to ident.Node,
 
 // noPlace says why there is no node for one more replica, though there are enough.
 func (d *Daemon) noPlace(sv *state.Volume, n int, without []string) error {
-	var down []string
-	st := d.state()
-	for _, name := range st.NodeNames() {
-		if m := st.Nodes[name]; !m.Witness && !m.Lost && sv.Replica(name) == nil && !d.nodeUp(name) {
-			down = append(down, string(name))
-		}
-	}
+	down := d.downWithout(sv)
 	why, next := "a replica of it is about to leave", "run it again in a moment"
 	switch {
 	case len(without) > 0:
@@ -153,4 +147,15 @@ func (d *Daemon) noPlace(sv *state.Volume, n int, without []string) error {
 		why, next = "not up: "+strings.Join(down, ", "), "start blockstepd there, then run this again"
 	}
 	return control.Errorf(control.CodeRefused, next, "%s cannot have %d replicas now: %s", sv.Name, n, why)
+}
+
+// downWithout are the nodes that could store a volume and have none of it, but are not up.
+func (d *Daemon) downWithout(sv *state.Volume) (down []string) {
+	st := d.state()
+	for _, name := range st.NodeNames() {
+		if m := st.Nodes[name]; !m.Witness && !m.Lost && sv.Replica(name) == nil && !d.nodeUp(name) {
+			down = append(down, string(name))
+		}
+	}
+	return down
 }

@@ -69,7 +69,11 @@ func (b backend) compare(ctx context.Context, sv *state.Volume, repair bool, pro
 		vr.before.Compared = append(vr.before.Compared, rep.Node)
 	}
 	if len(vr.nodes) < 2 {
-		return p, control.Errorf(control.CodeRefused, status.Next, "nothing to compare: %s has %d in sync, and two replicas are needed", sv.Name, len(vr.nodes))
+		next := status.Next
+		if len(sv.Replicas) == 1 {
+			next = "give it a second one: blockstep volume set " + sv.Name + " --replicas 2"
+		}
+		return p, control.Errorf(control.CodeRefused, next, "nothing to compare: %s has %d in sync, and two replicas are needed", sv.Name, len(vr.nodes))
 	}
 	v := b.d.volume(sv.ID)
 	if v == nil {
