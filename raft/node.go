@@ -373,15 +373,21 @@ func (n *Node) Apply(ctx context.Context, c state.Command) (state.Result, error)
 	}
 	switch r := f.Response().(type) {
 	case state.Result:
-		select {
-		case n.tell <- struct{}{}:
-		default:
-		}
+		n.Tell()
 		return r, nil
 	case error:
 		return state.Result{}, r
 	}
 	return state.Result{}, fmt.Errorf("%s: the state machine gave no result", c.Kind())
+}
+
+// Tell has the leader speak to its followers now: to one that has just started too,
+// which hears of no commit before. At a follower it does nothing.
+func (n *Node) Tell() {
+	select {
+	case n.tell <- struct{}{}:
+	default:
+	}
 }
 
 // runTell lets the followers learn of a commit at once. hashicorp/raft tells

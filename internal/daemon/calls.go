@@ -15,6 +15,7 @@ func (d *Daemon) addCalls() {
 	})
 	handle(d.rpcd, "/node/v1/join", d.serveJoin)
 	handle(d.rpcd, "/node/v1/apply", d.serveApply)
+	handle(d.rpcd, "/node/v1/tell", d.serveTell)
 	handle(d.rpcd, "/node/v1/report", d.serveReport)
 	handle(d.rpcd, "/node/v1/seal", d.serveSeal)
 	handle(d.rpcd, "/node/v1/drain", d.serveDrain)

@@ -22,6 +22,9 @@ const (
 	applyTry = 2 * time.Second
 	// applyPause is between two attempts without a leader.
 	applyPause = 50 * time.Millisecond
+	// hearPauseMax is the longest between two questions of runHear, each of which
+	// costs the cluster an empty entry.
+	hearPauseMax = time.Second
 	// seenWait is how long a change that the leader has applied is waited for
 	// in the local copy of the cluster state.
 	seenWait = 2 * time.Second
@@ -155,6 +158,34 @@ func (d *Daemon) runCurrent(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// runHear asks the Raft leader to speak to this node until it is current. A leader
+// notices that a follower has restarted when it next sends it something, drops what
+// it had begun there, and speaks to it the time after that. Without news each of the
+// two comes after one to two seconds.
+func (d *Daemon) runHear(ctx context.Context) {
+	for wait := applyPause; ; {
+		if leader, address := d.raft.Leader(); leader != "" && leader != d.self {
+			if err := d.rpc.callAddress(ctx, leader, address, "/node/v1/tell", struct{}{}, nil); err != nil {
+				d.log.Debug("the leader was not asked to speak", "leader", leader, "err", err)
+			}
+			wait = min(2*wait, hearPauseMax)
+		}
+		select {
+		case <-d.current:
+			return
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+// serveTell is the leader's side of runHear.
+func (d *Daemon) serveTell(context.Context, ident.Node, struct{}) (struct{}, error) {
+	d.raft.Tell()
+	return struct{}{}, nil
 }
 
 // isCurrent reports whether the cluster state here is no older than the start of

@@ -41,6 +41,7 @@ type testNode struct {
 	done    chan error
 	started int
 	space   func(dir string) (free, all int64, err error) // nil: the real one
+	quiet   time.Duration                                 // from the next start on: how long an idle Raft leader may be silent
 }
 
 type logBuffer struct {
@@ -154,6 +155,7 @@ func (n *testNode) start() {
 			if n.space != nil {
 				d.space = n.space
 			}
+			d.quiet = n.quiet
 			d.hooks = Hooks{Level: &n.level, Load: func() (*config.Config, error) { return config.Load(n.file, nil) }}
 			n.daemon.Store(d)
 		})

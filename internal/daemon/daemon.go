@@ -45,6 +45,7 @@ type Daemon struct {
 	self   ident.Node
 	fs     vfs.FS
 	space  func(dir string) (free, all int64, err error) // spaceOf, or a test's
+	quiet  time.Duration                                 // raft.Options.CommitTimeout: its default, or a test's
 	bootID string
 	live   atomic.Pointer[config.Config] // the configuration as it was read last: only keys that change live are taken from it
 	hooks  Hooks
@@ -170,6 +171,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.wg.Go(func() { d.alive.Run(d.ctx) })
 	d.wg.Go(func() { d.pulse.Run(d.ctx) })
 	d.wg.Go(func() { d.runCurrent(d.ctx) })
+	d.wg.Go(func() { d.runHear(d.ctx) })
 	d.wg.Go(func() { d.runVolumes(d.ctx) })
 	d.wg.Go(func() { d.runRemarks(d.ctx) })
 	d.wg.Go(func() { d.runMembership(d.ctx) })
@@ -263,6 +265,7 @@ func (d *Daemon) openCluster(ctx context.Context) error {
 		},
 		Peers: d, Logger: d.log, FS: d.fs,
 		HeartbeatTimeout: d.cfg.Raft.Heartbeat, ElectionTimeout: d.cfg.Raft.Election, StallTimeout: d.cfg.Volume.StallTimeout,
+		CommitTimeout: d.quiet,
 	})
 	if err != nil {
 		return err

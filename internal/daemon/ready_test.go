@@ -67,3 +67,29 @@ func TestAnAnswerRightAfterAStart(t *testing.T) {
 		return nil
 	})
 }
+
+// TestARestartedNodeIsToldAtOnce: a node that comes back serves its clients as soon
+// as it has found the Raft leader, however long that would have kept silent by itself.
+func TestARestartedNodeIsToldAtOnce(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	for _, n := range nodes {
+		n.halt()
+		n.quiet = time.Hour
+	}
+	for _, n := range nodes {
+		n.start()
+	}
+	nodes["alpha"].eventually(20*time.Second, "there is a leader", func(ctx context.Context) error {
+		_, err := nodes["alpha"].client.Nodes(ctx)
+		return err
+	})
+	nodes["alpha"].create("db", 8<<20)
+	nodes["alpha"].healthy("db")
+	for _, n := range nodes {
+		n.halt()
+		n.start()
+		n.healthy("db")
+		n.read("db", 0, 512)
+	}
+}
