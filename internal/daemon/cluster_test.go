@@ -670,7 +670,7 @@ func TestDrain(t *testing.T) {
 		t.Fatal(err)
 	}
 	var e *control.Error
-	if _, err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room") || !strings.Contains(e.Next, "blockstep node remove gamma --force") {
+	if _, err := alpha.client.ChangeNode(t.Context(), "gamma", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node that is up is without a replica of db") || !strings.Contains(e.Next, "blockstep node remove gamma --force") {
 		t.Fatalf("drain with nowhere to go: %v", err)
 	}
 	if now := alpha.status("db"); now.Primary == "gamma" {

@@ -348,22 +348,29 @@ func (b backend) DrainNode(ctx context.Context, node string) error {
 		*last += " (" + strings.Join(slices.Compact(small), ", ") + ")"
 	}
 	if len(left) > 0 {
-		return nowhereTo(node, left, down)
+		return nowhereTo(node, left, down, len(small) > 0)
 	}
 	return nil
 }
 
 // nowhereTo says which replicas a drain leaves where they are; down are nodes that could
-// take some, and are not up.
-func nowhereTo(node string, left, down []string) error {
-	room, first := "no other node has room for its replicas of "+strings.Join(left, ", "), "add a node that takes the replicas (blockstep node add)"
+// take some, and are not up, and small is whether one that is up had too little room.
+func nowhereTo(node string, left, down []string, small bool) error {
+	why, first := "no other node that is up is without a replica of ", "add a node that takes the replicas (blockstep node add)"
+	switch {
+	case small && len(down) > 0:
+		why = "no other node that is up has room for its replicas of "
+	case small:
+		why = "no other node has room for its replicas of "
+	}
+	why += strings.Join(left, ", ")
 	if slices.Sort(down); len(down) > 0 {
 		names := strings.Join(slices.Compact(down), ", ")
-		room = "no other node that is up has room for its replicas of " + strings.Join(left, ", ") + "; not up: " + names
+		why += "; not up: " + names
 		first = "start blockstepd on " + names + ", or " + first + ","
 	}
 	return control.Errorf(control.CodeRefused, "it is safe to stop the node for maintenance; to remove it, "+first+" and drain again, or go on with fewer copies: stop it, then blockstep node remove "+node+" --force",
-		"%s is primary of nothing any more, but %s", node, room)
+		"%s is primary of nothing any more, but %s", node, why)
 }
 
 // moveAway switches a volume over to any other in-sync replica.

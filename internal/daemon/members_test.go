@@ -86,7 +86,7 @@ func TestDrainBesideAFill(t *testing.T) {
 	var e *control.Error
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	if _, err := beta.client.ChangeNode(ctx, "alpha", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node has room for its replicas of db") {
+	if _, err := beta.client.ChangeNode(ctx, "alpha", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node that is up is without a replica of db") {
 		t.Fatalf("drain: %v", err)
 	}
 	if v := beta.status("db"); len(v.Replicas) != 3 {
@@ -490,13 +490,15 @@ func TestNowhereTo(t *testing.T) {
 	t.Parallel()
 	for _, x := range []struct {
 		down       []string
+		small      bool
 		text, next string
 	}{
-		{nil, "but no other node has room for its replicas of db, web", "to remove it, add a node that takes"},
-		{[]string{"gamma", "delta", "gamma"}, "but no other node that is up has room for its replicas of db, web; not up: delta, gamma", "to remove it, start blockstepd on delta, gamma, or add a node that takes"},
+		{nil, false, "but no other node that is up is without a replica of db, web", "to remove it, add a node that takes"},
+		{nil, true, "but no other node has room for its replicas of db, web", "to remove it, add a node that takes"},
+		{[]string{"gamma", "delta", "gamma"}, true, "but no other node that is up has room for its replicas of db, web; not up: delta, gamma", "to remove it, start blockstepd on delta, gamma, or add a node that takes"},
 	} {
 		var e *control.Error
-		err := nowhereTo("alpha", []string{"db", "web"}, x.down)
+		err := nowhereTo("alpha", []string{"db", "web"}, x.down, x.small)
 		if !errors.As(err, &e) || !strings.HasSuffix(e.Message, x.text) || !strings.Contains(e.Next, x.next) {
 			t.Errorf("%v: %v; %s", x.down, err, e.Next)
 		}
