@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -83,7 +84,7 @@ type Device struct {
 // several goroutines.
 type Kernel struct {
 	conn   *genetlink.Conn
-	family genetlink.Family
+	family atomic.Uint32 // its number, another one each time that the module is loaded
 }
 
 // OpenKernel finds the driver. It returns ErrNoModule when there is none.
@@ -100,14 +101,24 @@ func OpenKernel() (*Kernel, error) {
 }
 
 func newKernel(conn *genetlink.Conn) (*Kernel, error) {
-	f, err := conn.GetFamily(family)
+	k := &Kernel{conn: conn}
+	if err := k.find(); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// find asks the kernel for the driver's number.
+func (k *Kernel) find() error {
+	f, err := k.conn.GetFamily(family)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, ErrNoModule
+		return ErrNoModule
 	}
 	if err != nil {
-		return nil, fmt.Errorf("looking for the kernel's nbd driver: %w", err)
+		return fmt.Errorf("looking for the kernel's nbd driver: %w", err)
 	}
-	return &Kernel{conn: conn, family: f}, nil
+	k.family.Store(uint32(f.ID))
+	return nil
 }
 
 // Close ends the netlink connection; devices stay.
@@ -254,7 +265,16 @@ func (k *Kernel) do(cmd uint8, flags netlink.HeaderFlags, fill func(*netlink.Att
 		return nil, fmt.Errorf("encoding a netlink message: %w", err)
 	}
 	req := genetlink.Message{Header: genetlink.Header{Command: cmd, Version: familyVersion}, Data: data}
-	msgs, err := k.conn.Execute(req, k.family.ID, flags)
+	was := k.family.Load()
+	msgs, err := k.conn.Execute(req, uint16(was), flags)
+	if errors.Is(err, fs.ErrNotExist) { // the module was unloaded, and perhaps loaded again
+		if err := k.find(); err != nil {
+			return nil, err
+		}
+		if now := k.family.Load(); now != was {
+			msgs, err = k.conn.Execute(req, uint16(now), flags)
+		}
+	}
 	switch {
 	case err == nil:
 		return msgs, nil

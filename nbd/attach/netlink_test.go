@@ -11,6 +11,7 @@ import (
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/genetlink/genltest"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 var fakeFamily = genetlink.Family{ID: 26, Version: 1, Name: "nbd"}
@@ -176,5 +177,32 @@ func TestNoModule(t *testing.T) {
 	defer conn.Close()
 	if _, err := newKernel(conn); !errors.Is(err, ErrNoModule) {
 		t.Errorf("got %v, want ErrNoModule", err)
+	}
+}
+
+// TestModuleLoadedAgain: the driver has another number after rmmod and modprobe, and
+// none in between.
+func TestModuleLoadedAgain(t *testing.T) {
+	now := fakeFamily // ID 0: not loaded
+	k, err := newKernel(genltest.Dial(func(m genetlink.Message, n netlink.Message) ([]genetlink.Message, error) {
+		asksForFamily := n.Header.Type == unix.GENL_ID_CTRL
+		if now.ID == 0 || !asksForFamily && uint16(n.Header.Type) != now.ID {
+			return nil, genltest.Error(int(syscall.ENOENT))
+		}
+		return genltest.ServeFamily(now, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) {
+			return []genetlink.Message{{}}, nil
+		})(m, n)
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	now.ID = 0
+	if err := k.Disconnect(0); !errors.Is(err, ErrNoModule) {
+		t.Errorf("without the module: %v, want ErrNoModule", err)
+	}
+	now.ID = fakeFamily.ID + 1
+	if err := k.Disconnect(0); err != nil {
+		t.Errorf("with the module loaded again: %v", err)
 	}
 }
