@@ -25,6 +25,9 @@ const (
 	// again, every verifyRenew, that it goes on: its node is gone.
 	verifyClaimLife = 8 * time.Second
 	verifyRenew     = 2 * time.Second
+	// verifyAsk is how long the primary's node may take to answer, and the claim still
+	// be renewed in time: a run that begins without an answer keeps nobody out there.
+	verifyAsk = 4 * time.Second
 	// verifyPatience is how long a run waits for one that may be about to end: of a
 	// client that has just been stopped, say.
 	verifyPatience = time.Second
@@ -184,7 +187,7 @@ func (r *verifyRun) ask(ctx context.Context, n ident.Node, end bool) (reply veri
 	if n == r.d.self {
 		return r.d.verifies.claim(c, n, time.Now()), nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, askNode)
+	ctx, cancel := context.WithTimeout(ctx, verifyAsk)
 	defer cancel()
 	return reply, r.d.rpc.call(ctx, n, "/node/v1/verify", c, &reply)
 }
