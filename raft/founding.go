@@ -71,7 +71,7 @@ func (n *Node) FoundInfo() FoundInfo {
 	done := n.founding.Done
 	n.idMu.Unlock()
 	info := FoundInfo{
-		Node: id.Node, RaftID: id.RaftID, Cluster: id.Cluster, ClusterID: n.clusterID(),
+		Node: id.Node, RaftID: id.RaftID, Cluster: id.Cluster, ClusterID: n.ClusterID(),
 		Founders: n.founderList(), Witnesses: n.witnesses(),
 	}
 	info.Members, info.Addresses = n.memberAddresses()
@@ -422,9 +422,10 @@ func (n *Node) KnownAddress() string {
 	return ""
 }
 
-// clusterID is the id of the cluster that this node is a member of; "" before it
-// is known. After a start raft applies its log only when a leader says how far.
-func (n *Node) clusterID() string {
+// ClusterID is the id of the cluster that this node is a member of; "" before it
+// is known. After a start raft applies its log only when a leader says how far: until
+// then it is what the data_dir remembers.
+func (n *Node) ClusterID() string {
 	if id := n.State().ClusterID; id != "" {
 		return id
 	}

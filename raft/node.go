@@ -239,7 +239,7 @@ func (n *Node) start(ctx context.Context) error {
 	if err := n.fs.SyncDir(dir); err != nil {
 		return fmt.Errorf("sync %s: %w", dir, err)
 	}
-	n.stream = newBoundStream(ctx, o, n.identity.RaftID, o.Address, n.clusterID)
+	n.stream = newBoundStream(ctx, o, n.identity.RaftID, o.Address, n.ClusterID)
 	n.trans = hraft.NewNetworkTransportWithConfig(&hraft.NetworkTransportConfig{
 		Stream: n.stream, MaxPool: 3, Timeout: ioTimeout, Logger: hlog,
 	})

@@ -47,10 +47,12 @@ func (d *Daemon) setPeers() {
 		for _, n := range d.cfg.Nodes {
 			nodes = append(nodes, ident.Node(n.Name))
 		}
-	} else {
-		d.links.SetClusterID(st.ClusterID)
-		d.rpc.id.Store(&st.ClusterID)
-		d.rpcd.id.Store(&st.ClusterID)
+	}
+	// Also before the state is known: strangers of that name are to be told at once.
+	if id := d.raft.ClusterID(); id != "" {
+		d.links.SetClusterID(id)
+		d.rpc.id.Store(&id)
+		d.rpcd.id.Store(&id)
 	}
 	d.links.SetPeers(nodes)
 }

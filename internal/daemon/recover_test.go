@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/ident"
 )
 
 func recoverAt(t *testing.T, n *testNode, o RecoverOptions) (control.Recovery, error) {
@@ -140,4 +141,75 @@ func TestRecoverFromALostMajority(t *testing.T) {
 		}
 	}
 	alpha.hasEvent("cluster-recovered", "lost are beta, gamma")
+}
+
+// TestWhoWasGivenUpIsNoPeer: the nodes that a recovery gave up come back with what they
+// had, and serve it, in newer epochs than the survivor's. They do not reach its replica:
+// neither when they start, before they have heard their cluster's state, nor after.
+func TestWhoWasGivenUpIsNoPeer(t *testing.T) {
+	nodes := newCluster(t, "")
+	alpha, beta, gamma := nodes["alpha"], nodes["beta"], nodes["gamma"]
+	alpha.create("db", 4<<20)
+	alpha.healthy("db")
+	for _, n := range nodes {
+		n.halt()
+	}
+	if _, err := recoverAt(t, alpha, RecoverOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	write := func(n *testNode, content []byte) {
+		t.Helper()
+		c := n.open("db")
+		defer c.Close()
+		if err := c.WriteAt(t.Context(), content, 4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	serve := func() {
+		t.Helper()
+		beta.start()
+		gamma.start()
+		beta.eventually(30*time.Second, "those who were given up serve what they had", func(ctx context.Context) error {
+			v, err := beta.client.VolumeStatus(ctx, "db")
+			if err == nil && v.Primary == "" {
+				err = fmt.Errorf("%+v", v)
+			}
+			return err
+		})
+	}
+	serve()
+	write(beta, bytes.Repeat([]byte("of the others"), 1000))
+	for _, to := range []string{"gamma", "beta", "gamma", "beta", "gamma", "beta"} {
+		beta.eventually(30*time.Second, "a switchover among them", func(ctx context.Context) error {
+			_, err := beta.client.Switchover(ctx, "db", control.Switchover{To: to})
+			return err
+		})
+	}
+	beta.halt()
+	gamma.halt()
+
+	alpha.start()
+	alpha.eventually(30*time.Second, "the volume has a primary", func(ctx context.Context) error {
+		_, err := alpha.client.Failover(ctx, "db", control.Failover{Force: true, AcceptDataLoss: true})
+		return err
+	})
+	one := 1
+	if _, err := alpha.client.SetOptions(t.Context(), "db", control.SetOptions{MinCopies: &one}); err != nil {
+		t.Fatal(err)
+	}
+	content := bytes.Repeat([]byte("of the survivor"), 1000)
+	write(alpha, content)
+	serve()
+	write(beta, bytes.Repeat([]byte("of the others again"), 1000))
+	if v := alpha.status("db"); v.Primary != "alpha" || v.Replicas[0].State != control.InSync {
+		t.Errorf("%+v", v)
+	}
+	if got := alpha.read("db", 4096, len(content)); !bytes.Equal(got, content) {
+		t.Errorf("the survivor has %.30q", got)
+	}
+	for _, n := range []*testNode{beta, gamma} {
+		if alpha.daemon.Load().linkUp(ident.Node(n.name)) || n.daemon.Load().linkUp("alpha") {
+			t.Errorf("alpha and %s have a link", n.name)
+		}
+	}
 }

@@ -114,6 +114,7 @@ func (l *link) connect() (*stream, error) {
 	}
 	// Closing is what interrupts a handshake when the link is closed.
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	said := *l.m.clusterID.Load()
 	answer, err := l.greet(conn)
 	if !stop() && err == nil {
 		err = ctx.Err()
@@ -124,7 +125,9 @@ func (l *link) connect() (*stream, error) {
 	}
 	w := newWriter(conn)
 	w.tune(l.m.opt.Lease)
-	return newStream(conn, w, l.m.opt.Limits, answer.Instance, answer.Version), nil
+	s := newStream(conn, w, l.m.opt.Limits, answer.Instance, answer.Version)
+	s.said, s.named = said, answer.ClusterID
+	return s, nil
 }
 
 // greet sends our hello and judges the answer.
@@ -167,6 +170,7 @@ func (l *link) serve(s *stream) error {
 
 	l.connects.Add(1)
 	l.out.Store(s)
+	l.judgeAgain(s)
 	l.mu.Lock()
 	l.lastErr = ""
 	l.mu.Unlock()
@@ -182,6 +186,14 @@ func (l *link) serve(s *stream) error {
 	l.rtt.Store(0)
 	l.m.opt.Handler.Down(l.node)
 	return s.reason()
+}
+
+// judgeAgain ends a connection if the cluster's id has become known since it was made,
+// and the peer did not name it.
+func (l *link) judgeAgain(s *stream) {
+	if l.m.unjudged(s.said, s.named) {
+		s.fail(errUnjudged)
+	}
 }
 
 // tick is called once every ping interval.

@@ -187,8 +187,20 @@ func (m *Manager) SetPeers(nodes []ident.Node) {
 	}
 }
 
-// SetClusterID tells the cluster's id when it becomes known.
-func (m *Manager) SetClusterID(id string) { m.clusterID.Store(&id) }
+// SetClusterID tells the cluster's id when it becomes known. Connections that were
+// made before could not be judged: those whose peer did not name it are made anew.
+func (m *Manager) SetClusterID(id string) {
+	if *m.clusterID.Load() == id {
+		return
+	}
+	m.clusterID.Store(&id)
+	for _, l := range m.peers.Load().list {
+		if s := l.out.Load(); s != nil {
+			l.judgeAgain(s)
+		}
+		l.in.judgeAgain(m)
+	}
+}
 
 func (m *Manager) link(node ident.Node) *link { return m.peers.Load().byName[node] }
 

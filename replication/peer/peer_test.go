@@ -202,18 +202,42 @@ func TestHandshakeRefusals(t *testing.T) {
 	}
 }
 
-// An id that only one of the two knows yet does not part them.
+// An id that only one of the two knows yet does not part them; nor does it when it turns
+// out to be the other's. Another one does, at once, and one that neither knew has them
+// shake hands again.
 func TestClusterIDMayComeLater(t *testing.T) {
-	n := newNetwork(t, false)
-	ra, rb := newRecorder(), newRecorder()
-	a := n.add("alpha", ra, func(o *Options) { o.ClusterID = "x" })
-	b := n.add("beta", rb, nil)
-	a.SetPeers([]ident.Node{"beta"})
-	b.SetPeers([]ident.Node{"alpha"})
-	ra.want(t, "up beta")
-	b.SetClusterID("y")
-	n.cut()
-	ra.want(t, "down beta")
+	for _, tc := range []struct {
+		first, second, later string
+		parts, forGood       bool
+	}{
+		{"x", "", "x", false, false},
+		{"x", "", "y", true, true},
+		{"", "", "y", true, false},
+	} {
+		n := newNetwork(t, false)
+		ra, rb := newRecorder(), newRecorder()
+		a := n.add("alpha", ra, func(o *Options) { o.ClusterID = tc.first })
+		b := n.add("beta", rb, func(o *Options) { o.ClusterID = tc.second })
+		a.SetPeers([]ident.Node{"beta"})
+		b.SetPeers([]ident.Node{"alpha"})
+		ra.want(t, "up beta")
+		rb.want(t, "up alpha")
+		b.SetClusterID(tc.later)
+		if tc.parts {
+			ra.want(t, "down beta")
+			rb.want(t, "down alpha")
+		}
+		if tc.parts && !tc.forGood {
+			ra.want(t, "up beta")
+			rb.want(t, "up alpha")
+		}
+		time.Sleep(50 * time.Millisecond)
+		for _, m := range []*Manager{a, b} {
+			if st := m.Status(); st[0].Connected == tc.forGood {
+				t.Errorf("%+v: %+v", tc, st)
+			}
+		}
+	}
 }
 
 // shake plays the acceptor of a handshake.
@@ -355,8 +379,8 @@ func TestOldGenerationIsNotDelivered(t *testing.T) {
 	c1, c2 := net.Pipe()
 	defer c1.Close()
 	defer c2.Close()
-	g1 := l.in.replace(c1, wire.Hello{Instance: 1, Attempt: 1})
-	g2 := l.in.replace(c2, wire.Hello{Instance: 1, Attempt: 2})
+	g1 := l.in.replace(c1, wire.Hello{Instance: 1, Attempt: 1}, "")
+	g2 := l.in.replace(c2, wire.Hello{Instance: 1, Attempt: 2}, "")
 	if l.hand([]wire.Envelope{{Msg: &wire.Ack{}}}, g1) {
 		t.Error("the older generation was delivered")
 	}

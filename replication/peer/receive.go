@@ -38,6 +38,9 @@ type incoming struct {
 	instance uint64     // of the peer's process that conn belongs to
 	attempt  uint64
 	closed   bool
+	// The cluster's id as we knew it before the hellos, and as the peer did; "" while it
+	// is not known.
+	said, named string
 }
 
 // hello is ours to node.
@@ -60,6 +63,14 @@ func (m *Manager) judge(h wire.Hello) wire.Refusal {
 		return wire.RefusedTarget
 	}
 	return wire.Accepted
+}
+
+// unjudged reports whether the peer of a connection may be of another cluster, for all
+// that was known when it was made: what we said then is not what we know now, and it
+// did not name that.
+func (m *Manager) unjudged(said, named string) bool {
+	id := *m.clusterID.Load()
+	return said != id && named != id
 }
 
 // refused makes an error of a refusal, which says what to do next.
@@ -131,6 +142,7 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 	if err != nil {
 		return nil, 0, 0, err
 	}
+	said := *m.clusterID.Load()
 	answer := m.hello(h.From, h.Attempt)
 	answer.Refusal = m.judge(h)
 	version, ok := m.opt.Versions.Pick(h)
@@ -143,7 +155,7 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 	case l == nil:
 		answer.Refusal = wire.RefusedUnknown
 	default:
-		if generation = l.in.replace(conn, h); generation == 0 {
+		if generation = l.in.replace(conn, h, said); generation == 0 {
 			answer.Refusal = wire.RefusedOlder
 		}
 	}
@@ -160,6 +172,7 @@ func (m *Manager) welcome(conn net.Conn) (l *link, generation uint64, version ui
 	if err != nil {
 		return nil, 0, 0, err
 	}
+	l.in.judgeAgain(m)
 	l.peerIs(h.Instance)
 	return l, generation, version, nil
 }
@@ -346,7 +359,7 @@ func (l *link) pinged(p *wire.Ping) {
 
 // replace makes conn the incoming connection and returns its generation; 0 if
 // it is not the newest of its process, or the link is closed.
-func (in *incoming) replace(conn net.Conn, h wire.Hello) uint64 {
+func (in *incoming) replace(conn net.Conn, h wire.Hello, said string) uint64 {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.closed || (h.Instance == in.instance && h.Attempt <= in.attempt) {
@@ -360,8 +373,21 @@ func (in *incoming) replace(conn net.Conn, h wire.Hello) uint64 {
 		in.heardClock.Store(0)
 	}
 	in.conn, in.instance, in.attempt = conn, h.Instance, h.Attempt
+	in.said, in.named = said, h.ClusterID
 	in.silent.Store(0)
 	return in.generation.Add(1)
+}
+
+// judgeAgain ends the connection if the cluster's id has become known since it was
+// made, and the peer did not name it. Nothing that it has brought is delivered then.
+func (in *incoming) judgeAgain(m *Manager) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.conn != nil && m.unjudged(in.said, in.named) {
+		in.conn.Close()
+		in.generation.Add(1)
+		in.said = *m.clusterID.Load() // once
+	}
 }
 
 // tick counts the silence, and ends a connection from which nothing comes.

@@ -16,6 +16,7 @@ import (
 var (
 	errOverflow = errors.New("the peer is too slow: its queue overflowed")
 	errClosed   = errors.New("link closed")
+	errUnjudged = errors.New("the id of the cluster has become known since: it is made anew")
 )
 
 // The lanes of a stream, in the order in which they are served.
@@ -76,6 +77,8 @@ type stream struct {
 	limits   Limits
 	instance uint64 // of the peer's process
 	version  uint8  // of the frames: what the hellos have agreed on
+	said     string // the cluster's id as we knew it before the hellos; "" while it is not known
+	named    string // and as the peer did
 
 	kick   chan struct{} // hands writing to runSender; capacity 1
 	failed chan struct{} // closed by the first fail
