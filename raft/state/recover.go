@@ -15,13 +15,18 @@ import (
 // others stay members by name, with their replicas, but are Lost: out of the
 // group until an operator replaces or removes them, and their Raft ids never
 // come back. Nothing is decided about volumes: that is for a forced failover.
-// Every node of keep must be a member; the receiver is left as it is. From here on
-// it is another cluster: by its id the lost nodes, should they come back with what
-// they had, are told from members, and cannot lead this one back to where it was.
+// Every node of keep must be a member that was not given up before: such a one has
+// another id, and as one of the group would keep the others from a majority. The
+// receiver is left as it is. From here on it is another cluster: by its id the lost
+// nodes, should they come back with what they had, are told from members, and cannot
+// lead this one back to where it was.
 func (s *State) Recovered(keep []ident.Node) (*State, error) {
 	for _, name := range keep {
 		if s.Nodes[name] == nil {
 			return nil, fmt.Errorf("node %q is no member of cluster %q: its members are %v", name, s.Cluster, s.NodeNames())
+		}
+		if s.Nodes[name].Lost {
+			return nil, fmt.Errorf("node %q was given up by an earlier recovery, and what it has is another cluster's: keep those that were kept then, and take it in on an empty data_dir by 'blockstep node replace %s'", name, name)
 		}
 	}
 	if len(keep) == 0 {

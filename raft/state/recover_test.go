@@ -9,6 +9,7 @@ import (
 
 // All who are kept come to the same cluster id by themselves, in whatever order they are
 // named, and by a recovery that gives somebody up to another one; once more changes nothing.
+// Who was given up is not kept by a later one.
 func TestARecoveredClusterIsAnotherOne(t *testing.T) {
 	s := New()
 	s.Cluster, s.ClusterID = "prod", "0f0e"
@@ -33,6 +34,9 @@ func TestARecoveredClusterIsAnotherOne(t *testing.T) {
 	alone := recovered(a, "alpha")
 	if ids := []string{s.ClusterID, a.ClusterID}; slices.Contains(ids, alone.ClusterID) || alone.ClusterID == recovered(s, "alpha").ClusterID {
 		t.Errorf("alpha alone is %q as before", alone.ClusterID)
+	}
+	if got, err := alone.Recovered([]ident.Node{"alpha", "beta"}); err == nil {
+		t.Errorf("one that was given up is kept: %+v", got.Nodes["beta"])
 	}
 	if s.ClusterID != "0f0e" || s.Nodes["gamma"].Lost {
 		t.Error("the state that was recovered has changed")
