@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"slices"
 
 	"github.com/blockstep/blockstep/internal/ident"
 	"github.com/blockstep/blockstep/internal/mux"
@@ -41,7 +42,9 @@ func (d *Daemon) openLinks() {
 // configuration.
 func (d *Daemon) setPeers() {
 	st := d.state()
-	nodes := st.NodeNames()
+	// One that a recovery gave up is another cluster's, until it is replaced; an older
+	// release does not say so by itself.
+	nodes := slices.DeleteFunc(st.NodeNames(), func(n ident.Node) bool { return st.Nodes[n].Lost })
 	if st.ClusterID == "" {
 		nodes = nil
 		for _, n := range d.cfg.Nodes {

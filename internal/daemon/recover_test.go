@@ -207,6 +207,9 @@ func TestWhoWasGivenUpIsNoPeer(t *testing.T) {
 	if got := alpha.read("db", 4096, len(content)); !bytes.Equal(got, content) {
 		t.Errorf("the survivor has %.30q", got)
 	}
+	if links := alpha.daemon.Load().links.Status(); len(links) != 0 {
+		t.Errorf("alpha wants links: %+v", links)
+	}
 	for _, n := range []*testNode{beta, gamma} {
 		if alpha.daemon.Load().linkUp(ident.Node(n.name)) || n.daemon.Load().linkUp("alpha") {
 			t.Errorf("alpha and %s have a link", n.name)
