@@ -113,7 +113,6 @@ func (rp *replica) runApplier(ctx context.Context) {
 	defer timer.Stop()
 	since := time.Time{} // when the oldest entry that may be applied was seen
 	next := time.Time{}  // when a calm applier goes on
-	held := time.Time{}  // when it last had no checkpoint to wait for
 	for ctx.Err() == nil {
 		if list := rp.applier.takeBlocks(); len(list) > 0 {
 			if err := rp.writeBlocks(list); err != nil {
@@ -135,10 +134,8 @@ func (rp *replica) runApplier(ctx context.Context) {
 				pause = 0
 			}
 			pause = max(pause, time.Until(next))
-			if !rp.small() || !rp.checkpointer.behind() {
-				held = time.Now()
-			} else {
-				pause = max(pause, time.Until(held.Add(applyHoldMax)))
+			if behind, moved := rp.checkpointer.behind(); behind && rp.small() {
+				pause = max(pause, time.Until(moved.Add(applyHoldMax)))
 			}
 		}
 		if pause > 0 {

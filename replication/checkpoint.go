@@ -24,6 +24,7 @@ type checkpointer struct {
 	waiter []chan error
 	hurry  bool
 	making bool
+	moved  time.Time // when the one that is made last got on
 }
 
 // checkpointMax returns how many bytes of the log are applied between two checkpoints
@@ -82,7 +83,7 @@ func (c *checkpointer) due(l *Limits) (bool, []chan error, time.Duration) {
 		return false, nil, left
 	}
 	waiter := c.waiter
-	c.bytes, c.waiter, c.hurry, c.making = 0, nil, false, true
+	c.bytes, c.waiter, c.hurry, c.making, c.moved = 0, nil, false, true, time.Now()
 	return true, waiter, 0
 }
 
@@ -93,12 +94,19 @@ func (c *checkpointer) made() {
 	c.making = false
 }
 
-// behind reports whether a checkpoint is being made, and the next one is due already:
-// all that was applied since the last one is in the log.
-func (c *checkpointer) behind() bool {
+// moves says that the one that is made gets on.
+func (c *checkpointer) moves() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.making && c.bytes >= c.most
+	c.moved = time.Now()
+}
+
+// behind reports whether a checkpoint is being made, and the next one is due already:
+// all that was applied since the last one is in the log. moved is when it last got on.
+func (c *checkpointer) behind() (is bool, moved time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.making && c.bytes >= c.most, c.moved
 }
 
 // runCheckpointer makes checkpoints until ctx ends.
@@ -255,6 +263,7 @@ func (rp *replica) yieldDisk(d time.Duration) bool {
 	if rp.stopping.Load() {
 		return false
 	}
+	rp.checkpointer.moves()
 	if rp.syncer.waited() {
 		d = max(d, checkpointYield)
 	}

@@ -212,6 +212,35 @@ func TestALogOnASmallDiskWhileACheckpointIsMade(t *testing.T) {
 	}
 }
 
+// A checkpoint is waited for from when it last got on, once the next one is due too.
+func TestACheckpointThatGetsOn(t *testing.T) {
+	l := &Limits{}
+	l.setDefaults()
+	c := &checkpointer{wake: make(chan struct{}, 1), most: 4096}
+	want := func(is bool) time.Time {
+		t.Helper()
+		got, moved := c.behind()
+		if got != is {
+			t.Errorf("behind: %v", got)
+		}
+		return moved
+	}
+	c.note(4096)
+	want(false)
+	if now, _, _ := c.due(l); !now {
+		t.Fatal("none is due")
+	}
+	want(false)
+	c.note(4096)
+	began := want(true)
+	time.Sleep(time.Millisecond)
+	if c.moves(); !want(true).After(began) {
+		t.Error("it does not get on")
+	}
+	c.made()
+	want(false)
+}
+
 // TestALogOnASmallDiskWhileOneIsAway: a member of the in-sync set that is down keeps the
 // log from being trimmed, until it lags so far that it is evicted: before the disks of
 // the others are full.

@@ -34,8 +34,8 @@ const (
 	retentionShare  = 8
 	checkpointShare = 8
 	unappliedShare  = 16
-	// applyHoldMax is how long the applier waits there for a checkpoint that is made:
-	// one that takes longer may never end, and a disk that is full is failed over.
+	// applyHoldMax is how long the applier waits there for a checkpoint that does not get
+	// on: it may never end, and a replica whose disk is full makes way for another one.
 	applyHoldMax         = time.Minute
 	checkpointAgeDefault = 30 * time.Second
 	// trimLagMax is for how many bytes of log the trim horizon waits for a member of
