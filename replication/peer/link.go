@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -99,8 +100,12 @@ func (l *link) report(err error) {
 	seen := l.lastErr == err.Error()
 	l.lastErr = err.Error()
 	l.mu.Unlock()
+	level := slog.LevelWarn
+	if errors.Is(err, errUnjudged) {
+		level = slog.LevelInfo // as it is to be, once a cluster is founded
+	}
 	if !seen {
-		l.m.log.Warn("link is down, dialing again", "peer", l.node, "err", err)
+		l.m.log.Log(l.ctx, level, "link is down, dialing again", "peer", l.node, "err", err)
 	}
 }
 
