@@ -134,7 +134,7 @@ func (rp *replica) runApplier(ctx context.Context) {
 				pause = 0
 			}
 			pause = max(pause, time.Until(next))
-			if behind, moved := rp.checkpointer.behind(); behind && rp.small() {
+			if behind, moved := rp.checkpointer.behind(); behind && rp.holds() {
 				pause = max(pause, time.Until(moved.Add(applyHoldMax)))
 			}
 		}

@@ -165,12 +165,17 @@ func TestZeroesAreAppliedInSteps(t *testing.T) {
 	}
 }
 
-// TestALogOnASmallDiskWhileACheckpointIsMade: a checkpoint that takes long holds clients
-// back before the log has filled the disk, and no longer than it takes.
-func TestALogOnASmallDiskWhileACheckpointIsMade(t *testing.T) {
+// TestALogWhileACheckpointIsMade: a checkpoint that takes long holds clients back before
+// the log has filled the disk, a small one or any, and no longer than it takes.
+func TestALogWhileACheckpointIsMade(t *testing.T) {
+	t.Run("small", func(t *testing.T) { logWhileACheckpointIsMade(t, 24<<20, Limits{}) })
+	t.Run("large", func(t *testing.T) { logWhileACheckpointIsMade(t, 48<<20, Limits{CheckpointMax: 1 << 20}) })
+}
+
+func logWhileACheckpointIsMade(t *testing.T, disk int64, limits Limits) {
 	const block = 64 << 10
 	mem := vfs.NewMem(1)
-	mem.SetCapacity(24 << 20)
+	mem.SetCapacity(disk)
 	begun, let := make(chan struct{}, 1), make(chan struct{})
 	var hangs atomic.Bool
 	fs := vfs.Inject(mem, func(c vfs.Call) error {
@@ -182,7 +187,7 @@ func TestALogOnASmallDiskWhileACheckpointIsMade(t *testing.T) {
 	})
 	release := sync.OnceFunc(func() { close(let) })
 	t.Cleanup(release)
-	v, s := openLoneWith(t, 1<<20, Options{Replica: &ReplicaOptions{FS: fs, LogSegment: 1 << 20}})
+	v, s := openLoneWith(t, 1<<20, Options{Replica: &ReplicaOptions{FS: fs, LogSegment: 1 << 20}, Limits: limits})
 	hangs.Store(true)
 	const writes = 1024 // 64 MiB
 	done := make(chan error, writes)

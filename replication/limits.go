@@ -34,8 +34,11 @@ const (
 	retentionShare  = 8
 	checkpointShare = 8
 	unappliedShare  = 16
-	// applyHoldMax is how long the applier waits there for a checkpoint that does not get
-	// on: it may never end, and a replica whose disk is full makes way for another one.
+	// holdShare is the part of any disk that the log has when the applier waits for a
+	// checkpoint that is made: of blocks all over a slow disk it takes many minutes.
+	holdShare = 4
+	// applyHoldMax is how long the applier waits for one that does not get on: it may
+	// never end, and a replica whose disk is full makes way for another one.
 	applyHoldMax         = time.Minute
 	checkpointAgeDefault = 30 * time.Second
 	// trimLagMax is for how many bytes of log the trim horizon waits for a member of

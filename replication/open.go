@@ -216,8 +216,11 @@ func (rp *replica) share(of int64) int64 {
 	return max(rp.room/of, least)
 }
 
-// small reports whether the log is to keep to a part of its disk.
-func (rp *replica) small() bool { return rp.share(checkpointShare) < checkpointMaxDefault }
+// holds reports whether no more is to be applied while a checkpoint is made and the next
+// one is due: on a small disk, or where the log has a large part of any.
+func (rp *replica) holds() bool {
+	return rp.share(checkpointShare) < rp.v.opts.Limits.CheckpointMax || rp.log.Bytes() > rp.share(holdShare)
+}
 
 // spareBytes is how much of trimmed segments is kept for a volume of that size: what a
 // checkpoint covers, and what is written while it is made. With fewer, a load that
