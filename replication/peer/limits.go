@@ -40,6 +40,9 @@ const (
 	// batchMax is the most messages that are delivered in one call.
 	batchMax = 256
 
+	// refusalsMax dialers who are turned away again and again are told apart in the log:
+	// the other nodes of a cluster that was recovered, say.
+	refusalsMax = 16
 	// handshakesMax bounds the accepted connections whose handshake is not
 	// done; more are closed at once.
 	handshakesMax    = 64

@@ -104,9 +104,9 @@ type Manager struct {
 
 	change sync.Mutex // serializes SetPeers and Close, which wait with it held
 
-	mu          sync.Mutex
-	closed      bool // no goroutine is added to wg any more
-	lastRefusal string
+	mu       sync.Mutex
+	closed   bool     // no goroutine is added to wg any more
+	refusals []string // the last ones that were told of, refusalsMax at the most
 }
 
 type peerSet struct {

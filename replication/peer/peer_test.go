@@ -240,6 +240,23 @@ func TestClusterIDMayComeLater(t *testing.T) {
 	}
 }
 
+// Several who are turned away, each again and again, are told of once.
+func TestRefusalsAreToldOnce(t *testing.T) {
+	n := newNetwork(t, false)
+	log := newLog()
+	a := n.add("alpha", newRecorder(), func(o *Options) { o.Logger = log.logger() })
+	c, _ := net.Pipe()
+	for i := range 3 * refusalsMax {
+		a.refuse(c, fmt.Errorf("stranger %d", i%2))
+	}
+	for i := range 3 * refusalsMax {
+		a.refuse(c, fmt.Errorf("other %d", i))
+	}
+	if got := strings.Count(log.lines.String(), "\n"); got != 2+3*refusalsMax || len(a.refusals) > refusalsMax {
+		t.Errorf("%d lines, and %d are remembered:\n%s", got, len(a.refusals), log.lines.String())
+	}
+}
+
 // shake plays the acceptor of a handshake.
 func shake(t testing.TB, c net.Conn, change func(*wire.Hello)) {
 	h, err := wire.ReadHello(c)

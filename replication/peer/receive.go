@@ -120,8 +120,10 @@ func (m *Manager) runAccepted(conn net.Conn) {
 // so only what is new is worth a warning.
 func (m *Manager) refuse(conn net.Conn, err error) {
 	m.mu.Lock()
-	seen := m.lastRefusal == err.Error()
-	m.lastRefusal = err.Error()
+	seen := slices.Contains(m.refusals, err.Error())
+	if !seen {
+		m.refusals = append(m.refusals[max(len(m.refusals)-refusalsMax+1, 0):], err.Error())
+	}
 	m.mu.Unlock()
 	level := slog.LevelWarn
 	if seen {
