@@ -189,7 +189,7 @@ func (e exports) open(ctx, wait context.Context, t target, client replication.Cl
 	if t.at == "" {
 		return v.driver.OpenSession(ctx, client)
 	}
-	e.d.level(ctx, t.volume, t.at)
+	e.d.level(wait, t.volume.ID, t.at)
 	return v.driver.OpenReplicaSession(ctx, t.at, client)
 }
 

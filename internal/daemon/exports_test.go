@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/nbd"
 	"github.com/blockstep/blockstep/replication"
 )
@@ -112,6 +113,52 @@ func TestAnExportIsAsLargeAsItsVolume(t *testing.T) {
 		t.Error(err)
 	}
 	waiting.Wait()
+}
+
+// TestAReplicaOfANewPrimary: a primary that does not serve yet does not know all that
+// was answered, so what is asked of it, and of others by its word, waits until it does.
+func TestAReplicaOfANewPrimary(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha := nodes["alpha"]
+	sv := alpha.create("db", 8<<20)
+	alpha.healthy("db")
+	to := nodes["beta"]
+	if sv.Primary == to.name {
+		to = nodes["gamma"]
+	}
+	for _, n := range nodes {
+		if n != to { // its marker is not committed
+			n.faults.on(errHang, "/log/", vfs.OpWrite, vfs.OpWriteOut)
+			defer n.faults.off()
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	defer cancel()
+	waiting.Go(func() { _, _ = alpha.client.Switchover(ctx, "db", control.Switchover{To: to.name}) })
+	d := to.daemon.Load()
+	to.eventually(20*time.Second, "it is in office", func(context.Context) error {
+		if v := d.state().Volume("db"); string(v.Primary) != to.name {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	id, level := d.state().Volume("db").ID, make(chan struct{})
+	go func() {
+		defer close(level)
+		d.level(ctx, id, d.self)
+	}()
+	select {
+	case <-level:
+		t.Error("the replica is shown before its node knows what was answered")
+	case <-time.After(300 * time.Millisecond):
+	}
+	for _, n := range nodes {
+		n.faults.off()
+	}
+	<-level
 }
 
 // TestClientsOfAVolume: who uses a volume is known of every node, also of one that

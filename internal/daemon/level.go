@@ -17,8 +17,8 @@ import (
 
 const (
 	// levelTime bounds the wait: a replica that cannot be reached, or has no
-	// primary, is shown as it is.
-	levelTime = time.Second
+	// primary for longer than a failover takes, is shown as it is.
+	levelTime = 3 * time.Second
 	levelPoll = 2 * time.Millisecond
 )
 
@@ -46,22 +46,38 @@ func (d *Daemon) serveCommitted(ctx context.Context, _ ident.Node, c committedCa
 }
 
 // level waits until the replica of a volume at a node holds what is committed
-// now, if it is in the in-sync set.
-func (d *Daemon) level(ctx context.Context, sv *state.Volume, at ident.Node) {
-	if sv.Primary == "" || sv.Primary == at || !slices.Contains(sv.InSync, at) {
-		return
-	}
+// now, if it is in the in-sync set. It asks a primary that serves: one that has taken
+// office and does not serve yet, and one that another has followed, do not know all
+// that was answered.
+func (d *Daemon) level(ctx context.Context, id ident.Volume, at ident.Node) {
 	ctx, cancel := context.WithTimeout(ctx, levelTime)
 	defer cancel()
-	ask := func(n ident.Node, c committedCall) (reply committedReply, err error) {
-		if n == d.self {
-			return d.serveCommitted(ctx, d.self, c)
+	for {
+		sv := d.state().Volumes[id]
+		if sv == nil || sv.Deleted || sv.Primary == "" || !slices.Contains(sv.InSync, at) {
+			return
 		}
-		return reply, d.rpc.call(ctx, n, "/node/v1/committed", c, &reply)
+		if r := d.primaryReport(ctx, sv); r.servingAt(sv.Epoch) {
+			if at != sv.Primary {
+				d.awaitCommitted(ctx, sv, at, r.Core.Commit)
+			}
+			return
+		}
+		if !pause(ctx, levelPoll) {
+			d.log.Debug("a replica is shown as it is", "volume", sv.Name, "node", at, "err", "the primary does not serve")
+			return
+		}
 	}
-	now, err := ask(sv.Primary, committedCall{Volume: sv.ID})
-	if err == nil {
-		_, err = ask(at, committedCall{Volume: sv.ID, AtLeast: now.Seq})
+}
+
+// awaitCommitted waits until the replica at a node knows that the log is committed up
+// to a seq.
+func (d *Daemon) awaitCommitted(ctx context.Context, sv *state.Volume, at ident.Node, seq ident.Seq) {
+	c, err := committedCall{Volume: sv.ID, AtLeast: seq}, error(nil)
+	if at == d.self {
+		_, err = d.serveCommitted(ctx, d.self, c)
+	} else {
+		err = d.rpc.call(ctx, at, "/node/v1/committed", c, nil)
 	}
 	if err != nil {
 		d.log.Debug("a replica is shown as it is", "volume", sv.Name, "node", at, "err", err)
