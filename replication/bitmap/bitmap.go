@@ -120,6 +120,9 @@ func (b *Bitmap) Blocks() uint64 { return b.r.GetCardinality() }
 // Bytes returns the bytes of volume that the set covers.
 func (b *Bitmap) Bytes() int64 { return int64(b.r.GetCardinality() * BlockSize) }
 
+// size returns about how many bytes the encoding takes.
+func (b *Bitmap) size() int64 { return int64(b.r.GetSerializedSizeInBytes()) }
+
 // Marshal returns the encoding, roaring's portable format, of at most MarshalMax
 // bytes. What it is decoded to has every block of b, and, if b takes more than
 // that, some more.

@@ -16,6 +16,12 @@ const (
 	// segmentsMax bounds the segments; beyond it the oldest are merged even
 	// where somebody may want to tell them apart.
 	segmentsMax = 4096
+	// historyShare bounds what merging adds to an answer: of what was written since,
+	// the share of one in so many. A backup that asks each day is told a day's changes.
+	historyShare = 4
+	// historyBytes bounds what the segments younger than the oldest take in memory
+	// and in a checkpoint for that; a block that lies alone takes two bytes.
+	historyBytes = 4 << 20
 	// pinBorders is how many segments of what the pins span are told apart.
 	pinBorders = segmentsMax / 2
 )
@@ -25,7 +31,7 @@ const (
 // one, and marks it as it applies the log, so all replicas know the same and a
 // failover loses nothing. It is a list of segments, each a bitmap of what
 // changed in a run of seqs. Since(seq) is exact to a segment; old segments are
-// merged except where a pin asks for the border.
+// merged, the more of them the older they are, except where a pin asks for the border.
 type Changes struct {
 	segs []segment
 	// pins are the seqs that absent replicas will ask for: one in each span.
@@ -93,10 +99,12 @@ func (c *Changes) Unpin(goes func(name string) bool) {
 // Pinned reports whether the name has a pin.
 func (c *Changes) Pinned(name string) bool { _, ok := c.pins[name]; return ok }
 
-// Merge joins segments that nobody will ask to tell apart: those that begin at
-// or below the horizon, unless the answer for a pin, or for the horizon itself,
-// begins there: a replica whose log ends at the horizon may yet go away. Of what
-// the pins span at most pinBorders borders are kept, as many for each.
+// Merge joins segments that begin at or below the horizon, unless the answer for a
+// pin, or for the horizon itself, begins there: a replica whose log ends at the
+// horizon may yet go away. What is joined is a quarter at the most of what was
+// written after it, so that an answer for any other seq is so much larger at the
+// most; all that is older than historyBytes have room for is joined. Of what the
+// pins span at most pinBorders borders are kept, as many for each.
 func (c *Changes) Merge(horizon uint64) {
 	if len(c.segs) < 3 || horizon == c.merged && len(c.segs) <= segmentsMax {
 		return
@@ -118,19 +126,24 @@ func (c *Changes) Merge(horizon uint64) {
 	if over > 0 {
 		over += segmentsMax / 8 // so that it is not done again for the next one
 	}
-	out := c.segs[:1]
-	for i := 1; i < len(c.segs); i++ {
-		s := c.segs[i]
-		if !keep[i] && (s.after <= horizon || i <= over) {
-			last := &out[len(out)-1]
-			last.bits.Union(s.bits)
-			last.bytes += s.bytes
+	var later, held int64
+	at := len(c.segs) - 1 // from here on it is done: [at] may take what is older
+	for i := at - 1; i >= 0; i-- {
+		s, young := c.segs[i], &c.segs[at]
+		goes := i+1 <= over || young.after <= horizon &&
+			(held > historyBytes || young.bytes+s.bytes <= later/historyShare)
+		if keep[i+1] || !goes {
+			later += young.bytes
+			held += young.bits.size()
+			at--
+			c.segs[at] = s
 			continue
 		}
-		out = append(out, s)
+		s.bits.Union(young.bits)
+		s.bytes += young.bytes
+		*young = s
 	}
-	clear(c.segs[len(out):])
-	c.segs = out
+	c.segs = slices.Delete(c.segs, 0, at)
 }
 
 // holds returns the segment in which the answer for seq begins, 0 if none does.

@@ -1,6 +1,7 @@
 package bitmap
 
 import (
+	"math/rand/v2"
 	"slices"
 	"testing"
 )
@@ -10,19 +11,19 @@ import (
 // pins the border (found end to end: a resync of 64 MiB where 8 were dirty).
 func TestMergeKeepsTheHorizonsBorder(t *testing.T) {
 	c := NewChanges(0)
-	for seq := uint64(1); seq <= 10; seq++ {
+	for seq := uint64(1); seq <= 200; seq++ {
 		c.Mark(seq, seq*segmentBytes, segmentBytes)
 	}
-	c.Merge(10)
-	for seq := uint64(11); seq <= 14; seq++ {
+	c.Merge(195)
+	for seq := uint64(201); seq <= 204; seq++ {
 		c.Mark(seq, 0, segmentBytes)
-		c.Merge(10)
+		c.Merge(195)
 	}
-	dirty, ok := c.Since(10)
-	if !ok || dirty.Bytes() != segmentBytes {
-		t.Errorf("since the horizon %d bytes changed (known: %v), want %d", dirty.Bytes(), ok, segmentBytes)
+	dirty, ok := c.Since(195)
+	if want := int64(6 * segmentBytes); !ok || dirty.Bytes() != want {
+		t.Errorf("since the horizon %d bytes changed (known: %v), want %d", dirty.Bytes(), ok, want)
 	}
-	if c.Segments() > 6 {
+	if c.Segments() > 50 {
 		t.Errorf("%d segments: nothing was merged", c.Segments())
 	}
 }
@@ -57,13 +58,67 @@ func TestMergeKeepsWhatAPinSpans(t *testing.T) {
 		t.Fatal(err)
 	}
 	merge(35)
-	if n := c.Segments(); n != 1+16+5 {
-		t.Errorf("%d segments: of 40, one before the span, 16 of it and 5 from the horizon on are to be left", n)
+	pinned := c.Segments()
+	if pinned > 30 {
+		t.Errorf("%d segments of 40 are left: nothing was merged", pinned)
 	}
 	c.Unpin(func(n string) bool { return n == "beta" })
 	c.Merge(40)
-	if n := c.Segments(); n != 2 {
-		t.Errorf("%d segments without a pin, want 2", n)
+	if n := c.Segments(); n > pinned-10 {
+		t.Errorf("%d segments without a pin, %d with it", n, pinned)
+	}
+}
+
+// Nobody has a pin at the position of a backup. What changed since is known to a
+// quarter of what was written since, also long after, through checkpoints, and for
+// little memory (found end to end: a backup copied all of a volume when 16 MiB had
+// been written since the one before).
+func TestMergeForgetsByAndBy(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 4))
+	const written, volume = 64 << 10, 64 << 30
+	c := NewChanges(0)
+	for seq := uint64(1); seq <= written; seq++ {
+		c.Mark(seq, rng.Uint64N(volume/BlockSize)*BlockSize, BlockSize)
+		if seq%500 != 0 {
+			continue
+		}
+		c.Merge(seq)
+		p, err := c.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c, err = UnmarshalChanges(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := c.Segments(); n > 100 {
+		t.Errorf("%d segments are left", n)
+	}
+	for ago := uint64(1); ago < written; ago += ago/8 + 1 {
+		dirty, ok := c.Since(written - ago)
+		if most := (int64(ago)*BlockSize*5/4 + 2*segmentBytes); !ok || dirty.Bytes() > most {
+			t.Errorf("since %d blocks were written, %d bytes changed (known: %v), at most %d", ago, dirty.Bytes(), ok, most)
+		}
+	}
+}
+
+// However large a volume is, and however long it is written to, its history takes
+// little beside what has changed at all.
+func TestHistoryKeepsToItsLimit(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 6))
+	c := NewChanges(0)
+	for seq := uint64(1); seq <= 3<<20; seq++ { // lone blocks, of two bytes each
+		c.Mark(seq, rng.Uint64N(256<<30), 1)
+		if seq%(1<<15) == 0 {
+			c.Merge(seq)
+		}
+	}
+	young := int64(0)
+	for _, s := range c.segs[2:] { // the oldest has no limit, and the one after it had room when it was begun
+		young += s.bits.size()
+	}
+	if young > historyBytes {
+		t.Errorf("the history takes %d bytes in %d segments", young, c.Segments())
 	}
 }
 
@@ -76,8 +131,8 @@ func TestASpanIsBounded(t *testing.T) {
 	}
 	c.Pin("beta", 0, n)
 	c.Merge(n)
-	if got := c.Segments(); got > pinBorders+2 {
-		t.Errorf("%d segments of %d are left, at most %d", got, n, pinBorders+2)
+	if got := c.Segments(); got > pinBorders+10 {
+		t.Errorf("%d segments of %d are left, at most %d", got, n, pinBorders+10)
 	}
 	for _, at := range []uint64{0, 1, n / 2, n - 1} {
 		dirty, ok := c.Since(at)
