@@ -38,6 +38,7 @@ func (a *app) attachCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		warnings(a.err, out.Warnings)
 		return a.print(out, func(w io.Writer) { fmt.Fprintf(w, "%s is attached as %s\n", out.Volume, out.Device) })
 	})
 	return cmd

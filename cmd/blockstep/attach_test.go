@@ -19,7 +19,8 @@ import (
 // kernel is a daemon on a host with NBD devices, as far as the verbs ask for it.
 type kernel struct {
 	control.Backend
-	list []control.Attachment
+	list     []control.Attachment
+	warnings []control.Warning // of the next attach
 }
 
 func (k *kernel) Attachments(context.Context) ([]control.Attachment, error) { return k.list, nil }
@@ -35,6 +36,7 @@ func (k *kernel) Attach(_ context.Context, volume string, r control.Attach) (con
 		a.Device = "/dev/nbd0"
 	}
 	k.list = append(k.list, a)
+	a.Warnings = k.warnings
 	return a, nil
 }
 
@@ -81,6 +83,9 @@ func TestAttachVerbs(t *testing.T) {
 		t.Fatal(err)
 	}
 	lost := func() { k.list[0].Lost = "the volume was deleted" }
+	twice := func() {
+		k.warnings = []control.Warning{{Volume: "db", Text: "db is on beta too", Next: "detach it there"}}
+	}
 	for _, tc := range []struct {
 		args   string
 		code   int
@@ -105,6 +110,8 @@ func TestAttachVerbs(t *testing.T) {
 		{args: "attachments --json", schema: "attachments"},
 		{args: "attach db --if-needed", code: 1, err: "it is /dev/nbd0 already"},
 		{args: "detach db", out: "db is detached\n"},
+		{args: "attach db", before: twice, out: "db is attached as /dev/nbd0\n", err: "warning: db is on beta too\n  next: detach it there\n"},
+		{args: "attach web --json", schema: "attachment"},
 	} {
 		if tc.before != nil {
 			tc.before()

@@ -309,6 +309,8 @@ type Attachment struct {
 	Connections int    `json:"connections"`
 	ReadOnly    bool   `json:"read_only"`
 	Lost        string `json:"lost,omitempty"` // why the device fails all I/O; "" while it serves
+	// Warnings are of what has just been attached; a list has none.
+	Warnings []Warning `json:"warnings,omitempty"`
 }
 
 // Code classifies an Error; the CLI makes its exit code from it.

@@ -368,10 +368,18 @@ func (d *Daemon) deviceOf(volume string) string {
 // filesystem would lose its disk. A node that is down cannot be asked; its
 // device serves nobody.
 func (b backend) refuseAttached(ctx context.Context, sv *state.Volume) error {
+	return attachedRefusal(sv.Name, b.devices(ctx, sv, func(ident.Node) bool { return true }))
+}
+
+// devices asks nodes as which kernel devices they have a volume.
+func (b backend) devices(ctx context.Context, sv *state.Volume, asked func(ident.Node) bool) map[ident.Node]string {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	devices := map[ident.Node]string{}
 	for _, n := range b.d.state().NodeNames() {
+		if !asked(n) {
+			continue
+		}
 		wg.Go(func() {
 			if r := b.d.reportOf(ctx, n, sv.ID); r.Device != "" {
 				mu.Lock()
@@ -381,7 +389,7 @@ func (b backend) refuseAttached(ctx context.Context, sv *state.Volume) error {
 		})
 	}
 	wg.Wait()
-	return attachedRefusal(sv.Name, devices)
+	return devices
 }
 
 // attachedRefusal says where a volume is attached, and how to end that; nil when
@@ -390,14 +398,20 @@ func attachedRefusal(volume string, devices map[ident.Node]string) error {
 	if len(devices) == 0 {
 		return nil
 	}
-	var where, on []string
-	for _, n := range slices.Sorted(maps.Keys(devices)) {
-		where = append(where, fmt.Sprintf("%s on %s", devices[n], n))
-		on = append(on, string(n))
-	}
+	where, on := whereAttached(devices)
 	return control.Errorf(control.CodeRefused,
-		fmt.Sprintf("unmount it there, run blockstep detach %s on %s, then delete it", volume, strings.Join(on, " and on ")),
-		"volume %s is attached as %s", volume, strings.Join(where, " and as "))
+		fmt.Sprintf("unmount it there, run blockstep detach %s on %s, then delete it", volume, on),
+		"volume %s is attached as %s", volume, where)
+}
+
+// whereAttached lists the devices with their nodes, and the nodes.
+func whereAttached(devices map[ident.Node]string) (where, on string) {
+	var pairs, nodes []string
+	for _, n := range slices.Sorted(maps.Keys(devices)) {
+		pairs = append(pairs, fmt.Sprintf("%s on %s", devices[n], n))
+		nodes = append(nodes, string(n))
+	}
+	return strings.Join(pairs, " and as "), strings.Join(nodes, " and on ")
 }
 
 // ResizeVolume implements control.Backend.

@@ -107,7 +107,25 @@ func (b backend) Attach(ctx context.Context, name string, r control.Attach) (con
 		return control.Attachment{}, attachError("attaching "+name, err)
 	}
 	b.d.local.add(control.Event{Node: string(b.d.self), Volume: sv.Name, Kind: "attached", Text: fmt.Sprintf("%s: %s is attached as %s", b.d.self, sv.Name, rec.Device())})
-	return attachmentOf(rec), nil
+	out := attachmentOf(rec)
+	if !r.ReadOnly {
+		out.Warnings = attachedElsewhere(sv.Name, b.devices(ctx, sv, func(n ident.Node) bool { return n != b.d.self && b.d.linkUp(n) }))
+	}
+	return out, nil
+}
+
+// attachedElsewhere tells who attaches a volume that other nodes have attached: two
+// machines that mount one file system destroy it, and a volume serves them both.
+func attachedElsewhere(volume string, devices map[ident.Node]string) []control.Warning {
+	if len(devices) == 0 {
+		return nil
+	}
+	where, on := whereAttached(devices)
+	return []control.Warning{{
+		Volume: volume,
+		Text:   fmt.Sprintf("%s is attached as %s too: only the file system of a cluster may be mounted by both", volume, where),
+		Next:   fmt.Sprintf("before you mount it here, unmount it there, and run blockstep detach %s on %s", volume, on),
+	}}
 }
 
 // Detach implements control.Backend. It asks nobody about the volume: a device

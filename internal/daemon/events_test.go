@@ -139,3 +139,18 @@ func TestAttachedVolumesAreNotDeleted(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestAttachedOnTwoNodes(t *testing.T) {
+	if w := attachedElsewhere("db", nil); w != nil {
+		t.Errorf("got %v", w)
+	}
+	got := attachedElsewhere("db", map[ident.Node]string{"beta": "/dev/nbd3"})
+	want := []control.Warning{{
+		Volume: "db",
+		Text:   "db is attached as /dev/nbd3 on beta too: only the file system of a cluster may be mounted by both",
+		Next:   "before you mount it here, unmount it there, and run blockstep detach db on beta",
+	}}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %+v", got)
+	}
+}

@@ -29,6 +29,8 @@ blockstep:db:*) ;;
 esac
 mustfail "attached already as /dev/nbd3" bs alpha attach db
 mustfail "in use" bs beta attach db /dev/nbd3
+bs beta attach db /dev/nbd0 2>&1 | grep -q "db is attached as /dev/nbd3 on alpha too" || fail "a second node attaches db, and is not warned"
+must bs beta detach db
 mustfail "in use" bs alpha attach files /dev/nbd3
 must bs alpha attach files /dev/nbd1 --connections 2
 for t in /proc/$(cat /run/alpha.pid)/task/*; do
