@@ -116,6 +116,8 @@ func (e *exam) disk(fs vfs.FS, dir string) {
 	}
 	took, err := fsyncTime(fs, dir)
 	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT): // no fault of the disk's
+		e.add("fsync", control.FindingBad, "make room in "+dir, "%s: %v", dir, err)
 	case err != nil:
 		e.add("fsync", control.FindingBad, "mend the disk or the file system", "%s: %v", dir, err)
 	case took > fsyncBad:

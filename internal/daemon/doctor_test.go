@@ -7,7 +7,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/blockstep/blockstep/internal/control"
+	"github.com/blockstep/blockstep/internal/vfs"
 	"github.com/blockstep/blockstep/nbd/nbdtest"
 )
 
@@ -32,6 +35,23 @@ func TestDoctorOfACertificate(t *testing.T) {
 		e.certificate(until, c.broken, until.Add(-c.left))
 		if f := e.list[0]; len(e.list) != 1 || f.State != c.state || !strings.Contains(f.Text, c.says) || (f.Next == "") != (c.state == control.FindingOK) {
 			t.Errorf("%v before its end, %v: %+v", c.left, c.broken, e.list)
+		}
+	}
+}
+
+// TestDoctorOfAFullDisk: nobody is sent to look for a broken disk where one is full.
+func TestDoctorOfAFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	for fault, next := range map[error]string{unix.ENOSPC: "make room in " + dir, unix.EIO: "mend the disk or the file system"} {
+		e := &exam{node: "alpha"}
+		e.disk(vfs.Inject(vfs.OS(), func(c vfs.Call) error {
+			if c.Op == vfs.OpWrite {
+				return fault
+			}
+			return nil
+		}), dir)
+		if f := e.list[len(e.list)-1]; f.Check != "fsync" || f.State != control.FindingBad || f.Next != next {
+			t.Errorf("%v: %+v", fault, f)
 		}
 	}
 }
