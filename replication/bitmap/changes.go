@@ -21,7 +21,7 @@ const (
 	historyShare = 4
 	// historyBytes bounds what the segments younger than the oldest take in memory
 	// and in a checkpoint for that; a block that lies alone takes two bytes.
-	historyBytes = 4 << 20
+	historyBytes = 1 << 20
 	// pinBorders is how many segments of what the pins span are told apart.
 	pinBorders = segmentsMax / 2
 )

@@ -107,7 +107,7 @@ func TestMergeForgetsByAndBy(t *testing.T) {
 func TestHistoryKeepsToItsLimit(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 6))
 	c := NewChanges(0)
-	for seq := uint64(1); seq <= 3<<20; seq++ { // lone blocks, of two bytes each
+	for seq := uint64(1); seq <= 3<<19; seq++ { // lone blocks, of two bytes each
 		c.Mark(seq, rng.Uint64N(256<<30), 1)
 		if seq%(1<<15) == 0 {
 			c.Merge(seq)
