@@ -17,12 +17,13 @@ type testNet struct {
 	nodes     map[ident.Node]*Node
 	conns     map[string][]net.Conn // by the address dialled
 	cut       map[string]bool       // addresses that nobody reaches
+	dead      map[string]bool       // of those: where nothing says so
 }
 
 func newTestNet() *testNet {
 	return &testNet{
 		listeners: map[string]*pipeListener{}, nodes: map[ident.Node]*Node{},
-		conns: map[string][]net.Conn{}, cut: map[string]bool{},
+		conns: map[string][]net.Conn{}, cut: map[string]bool{}, dead: map[string]bool{},
 	}
 }
 
@@ -39,8 +40,12 @@ func (t *testNet) listen(address string) *pipeListener {
 func (t *testNet) dialer(from string) func(context.Context, string) (net.Conn, error) {
 	return func(ctx context.Context, address string) (net.Conn, error) {
 		t.mu.Lock()
-		l, cut := t.listeners[address], t.cut[address] || t.cut[from]
+		l, cut, dead := t.listeners[address], t.cut[address] || t.cut[from], t.dead[address]
 		t.mu.Unlock()
+		if dead {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
 		if l == nil || cut {
 			return nil, fmt.Errorf("dial %s: %w", address, errCut)
 		}
@@ -69,6 +74,20 @@ func (t *testNet) isolate(address string) {
 		c.Close()
 	}
 	delete(t.conns, address)
+}
+
+// die is isolate, and who dials the node hears nothing.
+func (t *testNet) die(address string) {
+	t.isolate(address)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dead[address] = true
+}
+
+func (t *testNet) node(name ident.Node) *Node {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.nodes[name]
 }
 
 func (t *testNet) heal(address string) {

@@ -94,6 +94,10 @@ func (s *watchedStore) SetUint64(k []byte, v uint64) error {
 // as on a disk that is full; nil when it could. It is tried again by itself.
 func (n *Node) StoreError() error { return n.disk.failure() }
 
+// abdicateMax is how long a node whose disk hangs looks for one that takes over, before it
+// falls silent all the same: two that do not answer take it.
+const abdicateMax = 2 * ioTimeout
+
 // look is how long to wait until a write that is out may have been so for limit.
 func (w *diskWatch) look(limit time.Duration) time.Duration {
 	if d := w.stalled(); d > 0 && d <= limit {
@@ -113,6 +117,10 @@ func (n *Node) runDiskWatch() {
 			n.log.Error("the disk of the cluster state hangs: this node falls silent in Raft, so that another one can lead",
 				"dir", n.opts.Dir, "stall_timeout", n.opts.StallTimeout)
 			n.abdicate()
+			if hangs = n.disk.stalled() > n.opts.StallTimeout; !hangs {
+				n.log.Info("the disk of the cluster state answers again")
+				break // while somebody who does not answer was asked
+			}
 			n.stream.mute.set(true)
 			n.trans.CloseStreams() // it would send its first requests for votes, later, on those that it keeps
 		case !hangs && muted:
@@ -148,7 +156,7 @@ func (n *Node) abdicate() {
 			return
 		}
 		n.log.Info("raft: a node does not take over", "node", s.ID, "err", err)
-		if time.Since(begin) >= ioTimeout {
+		if time.Since(begin) >= abdicateMax {
 			return // they find out by themselves
 		}
 	}

@@ -69,6 +69,54 @@ func TestALeaderWhoseDiskHangs(t *testing.T) {
 	})
 }
 
+// TestALeaderWhoseDiskHangsWhileAnotherIsDead: the node that it asks first is dead, and
+// does not even refuse a connection. It asks the next one; and when its disk has answered
+// meanwhile it does not fall silent.
+func TestALeaderWhoseDiskHangsWhileAnotherIsDead(t *testing.T) {
+	for _, answers := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newTestCluster(t)
+			defer c.stop()
+			for _, f := range testFounders {
+				c.start(f.Name)
+			}
+			l := c.waitLeader()
+			var others []*Node // in the order in which they are asked
+			for _, s := range l.raft.GetConfiguration().Configuration().Servers {
+				if n := c.net.node(NodeOf(string(s.ID))); n != l {
+					others = append(others, n)
+				}
+			}
+			c.net.die(others[0].opts.Address)
+			time.Sleep(5 * time.Second)
+			next := others[1]
+			term := next.Term()
+			l.disk.begin()
+			time.Sleep(l.opts.StallTimeout + ioTimeout/2)
+			if next.Term() != term {
+				t.Error("the one that it asked first is not dead")
+			}
+			if !answers {
+				time.Sleep(ioTimeout)
+				if next.Term() == term {
+					t.Errorf("%s was not asked", next.opts.Node)
+				}
+				_ = l.disk.end(nil)
+				return
+			}
+			for range 50 { // what has waited comes as one write after another
+				_ = l.disk.end(nil)
+				l.disk.begin()
+				time.Sleep(ioTimeout / 10)
+				if l.stream.mute.context().Err() != nil {
+					t.Fatal("it fell silent, though its disk had answered")
+				}
+			}
+			_ = l.disk.end(nil)
+		})
+	}
+}
+
 // other is a leader beside l.
 func (c *testCluster) other(l *Node) *Node {
 	c.net.mu.Lock()
