@@ -638,7 +638,6 @@ func TestFoundingIsEndedAfterACrash(t *testing.T) {
 	}
 }
 
-// A log with a command of a newer build stops the node, and loses nothing.
 // TestAllStop: a leader that stops last, with something that the others do not have, does
 // not wait for them, however long it would take until it finds out that it leads nobody.
 func TestAllStop(t *testing.T) {
@@ -668,6 +667,7 @@ func TestAllStop(t *testing.T) {
 	})
 }
 
+// A log with a command of a newer build stops the node, and loses nothing.
 func TestNewerCommandHalts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestCluster(t)

@@ -190,9 +190,6 @@ func TestDecideSealTies(t *testing.T) {
 	}
 }
 
-// A primary that reaches none of those with whom it would have to commit has the
-// longest log, by its own markers. It is passed over as soon as enough others
-// have answered, unless it may have answered clients alone.
 // Who is primary of fewer other volumes wins among equals alone: a Position, what was
 // asked for, and who is to be avoided go first.
 func TestDecideSealSpreads(t *testing.T) {
@@ -219,6 +216,9 @@ func TestDecideSealSpreads(t *testing.T) {
 	}
 }
 
+// A primary that reaches none of those with whom it would have to commit has the
+// longest log, by its own markers. It is passed over as soon as enough others
+// have answered, unless it may have answered clients alone.
 func TestDecideSealPassesOverACutOffPrimary(t *testing.T) {
 	cut := func() Round {
 		r := roundOf([]member{members[1], members[0], members[0]})
