@@ -549,6 +549,8 @@ func filling(st *state.State, volume string, node ident.Node) (from ident.Node, 
 			return from, true
 		case e.Name == "set-changed" && slices.Contains(strings.Fields(strings.Trim(e.Fields["to"], "[]")), string(node)):
 			return "", false
+		case e.Name == "volume-created":
+			return "", false // what is older is of another one of that name
 		}
 	}
 	return "", false

@@ -39,17 +39,18 @@ func TestDrainTakesNoOldReplica(t *testing.T) {
 		events []state.Event
 		want   ident.Node
 	}{
-		"a member is away":                    {[]state.Event{set("b", "c")}, ""},
-		"nothing is known of it":              {nil, ""},
-		"added just now":                      {[]state.Event{set("b", "c"), added("d"), moved("b", "d")}, "d"},
-		"added as one more":                   {[]state.Event{set("b", "c"), added("d")}, ""},
-		"added as one more, after a drain":    {[]state.Event{added("d"), moved("b", "d"), added("d")}, ""},
-		"added for another's place":           {[]state.Event{added("d"), moved("c", "d")}, ""},
-		"added, and a member left since":      {[]state.Event{added("d"), moved("b", "d"), set("b", "c")}, "d"},
-		"added once, in sync since, and away": {[]state.Event{added("d"), moved("b", "d"), set("b", "c", "d"), set("b", "c")}, ""},
-		"added anew":                          {[]state.Event{added("d"), set("b", "c", "d"), set("b", "c"), added("d"), moved("b", "d")}, "d"},
-		"added to another volume":             {[]state.Event{other(added("d")), other(moved("b", "d"))}, ""},
-		"in sync at another volume":           {[]state.Event{added("d"), moved("b", "d"), other(set("b", "c", "d"))}, "d"},
+		"a member is away":                        {[]state.Event{set("b", "c")}, ""},
+		"nothing is known of it":                  {nil, ""},
+		"added just now":                          {[]state.Event{set("b", "c"), added("d"), moved("b", "d")}, "d"},
+		"added as one more":                       {[]state.Event{set("b", "c"), added("d")}, ""},
+		"added as one more, after a drain":        {[]state.Event{added("d"), moved("b", "d"), added("d")}, ""},
+		"added for another's place":               {[]state.Event{added("d"), moved("c", "d")}, ""},
+		"added, and a member left since":          {[]state.Event{added("d"), moved("b", "d"), set("b", "c")}, "d"},
+		"added once, in sync since, and away":     {[]state.Event{added("d"), moved("b", "d"), set("b", "c", "d"), set("b", "c")}, ""},
+		"added anew":                              {[]state.Event{added("d"), set("b", "c", "d"), set("b", "c"), added("d"), moved("b", "d")}, "d"},
+		"added to another volume":                 {[]state.Event{other(added("d")), other(moved("b", "d"))}, ""},
+		"in sync at another volume":               {[]state.Event{added("d"), moved("b", "d"), other(set("b", "c", "d"))}, "d"},
+		"added to one of its name, deleted since": {[]state.Event{added("d"), moved("b", "d"), {Name: "volume-created", Volume: "db"}}, ""},
 	} {
 		sv := &state.Volume{Name: "db", InSync: []ident.Node{"b", "c"}, Replicas: []state.Replica{{Node: "a"}, {Node: "b"}, {Node: "c"}, {Node: "d"}}}
 		if got := joining(&state.State{Events: c.events}, sv, "b"); got != c.want {
