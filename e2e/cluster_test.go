@@ -218,13 +218,14 @@ func (c *cluster) waitHealthy(name string) {
 	n.cli("wait", name, "--for", "healthy", "--timeout", "60s")
 }
 
-// primary returns the node that is primary of the volume now.
+// primary returns the node that is primary of the volume now, or a moment later.
 func (c *cluster) primary(name string) *node {
 	c.t.Helper()
-	st := c.live().status(name)
-	if st.Primary == "" {
-		c.t.Fatalf("volume %s has no primary: %+v", name, st)
-	}
+	var st volumeStatus
+	eventually(c.t, 30*time.Second, "a primary of "+name, func() bool { // there is none for a moment, while one takes over
+		st = c.live().status(name)
+		return st.Primary != ""
+	})
 	return c.node(st.Primary)
 }
 
@@ -232,7 +233,11 @@ func (c *cluster) primary(name string) *node {
 func (c *cluster) leader() *node {
 	c.t.Helper()
 	var st clusterStatus
-	c.live().jsonOf(&st, "status")
+	eventually(c.t, 30*time.Second, "a Raft leader", func() bool {
+		st = clusterStatus{}
+		c.live().jsonOf(&st, "status")
+		return st.Leader != ""
+	})
 	return c.node(st.Leader)
 }
 
