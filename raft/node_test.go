@@ -601,6 +601,34 @@ func TestForeignClusterID(t *testing.T) {
 	})
 }
 
+// Whom a recovery gave up no later one keeps; it says so once, and changes nothing.
+func TestRecoverKeepsNobodyWhoWasGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestCluster(t)
+		defer c.stop()
+		for _, f := range testFounders {
+			c.start(f.Name)
+		}
+		c.waitLeader()
+		until(t, "alpha knows the cluster", func() bool { return c.net.nodes["alpha"].State().ClusterID != "" })
+		for _, f := range testFounders {
+			c.kill(f.Name)
+		}
+		o := c.options("alpha")
+		recovered := func(keep ...ident.Node) (Recovered, error) {
+			return Recover(Recovery{Dir: o.Dir, Cluster: o.Cluster, Node: "alpha", Keep: keep})
+		}
+		if _, err := recovered("alpha"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := recovered("alpha", "beta"); err == nil || !strings.Contains(err.Error(), "was given up by an earlier recovery") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%v", err)
+		}
+		n := c.start("alpha")
+		until(t, "alpha leads alone", n.IsLeader)
+	})
+}
+
 // The crash between the durable mark and the end of the bootstrap ends in the
 // same configuration.
 func TestFoundingIsEndedAfterACrash(t *testing.T) {

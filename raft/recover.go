@@ -77,7 +77,10 @@ func Recover(r Recovery) (out Recovered, err error) {
 	if err := recoverInto(look, id.RaftID, bolt, snaps, hlog, hraft.Configuration{
 		Servers: []hraft.Server{{ID: hraft.ServerID(id.RaftID), Address: serverAddress(id.RaftID, "preview")}},
 	}); !errors.Is(look.err, errPreview) {
-		return out, errors.Join(look.err, err)
+		if look.err != nil {
+			err = look.err // the other one says it once more
+		}
+		return out, err
 	}
 	if out.Index, err = lastIndex(bolt, snaps); err != nil {
 		return out, err
