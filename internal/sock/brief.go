@@ -127,10 +127,10 @@ func Writev(fd uintptr, iov []unix.Iovec, bytes int) (int, unix.Errno) {
 	for {
 		var n uintptr
 		var errno unix.Errno
-		if at, count := uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)); bytes <= BriefMax {
-			n, _, errno = unix.RawSyscall(unix.SYS_WRITEV, fd, at, count)
+		if bytes <= BriefMax {
+			n, _, errno = unix.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
 		} else {
-			n, _, errno = unix.Syscall(unix.SYS_WRITEV, fd, at, count)
+			n, _, errno = unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
 		}
 		if errno != unix.EINTR {
 			return int(n), errno
