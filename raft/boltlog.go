@@ -3,8 +3,10 @@ package raft
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime/debug"
+	"syscall"
 
 	hraft "github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
@@ -40,6 +42,36 @@ func openBolt(dataDir string) (bolt *raftboltdb.BoltStore, err error) {
 		return nil, errors.Join(damagedBolt(path, err), bolt.Close())
 	}
 	return bolt, nil
+}
+
+const (
+	// boltReserve is the room that the Raft log has on its disk whatever else fills
+	// that: replicas lie there too, and where all of them are thin and full, deleting
+	// a volume is what makes room, which is a command in this log. It is some
+	// thousand commands; with a snapshot each snapshotEvery, a log takes less.
+	boltReserve = 4 << 20
+	// fallocKeepSize is FALLOC_FL_KEEP_SIZE: the file does not become longer.
+	fallocKeepSize = 1
+)
+
+// reserveBolt sets the Raft log's room aside, behind the end of its file.
+func reserveBolt(dataDir string) error {
+	path := filepath.Join(dataDir, raftDir, boltFile)
+	f, err := os.OpenFile(path, os.O_RDWR, 0) //nolint:forbidigo // the Raft log is bbolt's, on the real file system
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }() // nothing was written
+	for {
+		err := syscall.Fallocate(int(f.Fd()), fallocKeepSize, 0, boltReserve)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case errors.Is(err, syscall.EOPNOTSUPP), errors.Is(err, syscall.ENOSYS):
+			return nil // it is not to be had here
+		default:
+			return err
+		}
+	}
 }
 
 func openBoltError(dataDir, path string, err error) error {

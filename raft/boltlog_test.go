@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	hraft "github.com/hashicorp/raft"
@@ -74,4 +75,49 @@ func TestADamagedRaftLogIsAnError(t *testing.T) {
 		t.Error("none of them was found damaged")
 	}
 	t.Logf("%d of 150 are damaged", damaged)
+}
+
+// TestTheRaftLogHasRoom: what fills the disk leaves the Raft log its room, which its
+// file does not show, and which is there still when the log has grown into it.
+func TestTheRaftLogHasRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, raftDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	taken := func() (size, blocks int64) {
+		t.Helper()
+		var s syscall.Stat_t
+		if err := syscall.Stat(filepath.Join(dir, raftDir, boltFile), &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.Size, s.Blocks * 512
+	}
+	for round := range uint64(3) {
+		bolt, err := openBolt(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := reserveBolt(dir); err != nil {
+			t.Fatal(err)
+		}
+		size, blocks := taken()
+		if round == 0 && blocks < size {
+			t.Skip("the file system sets nothing aside")
+		}
+		if size >= boltReserve || blocks < boltReserve {
+			t.Errorf("round %d: %d bytes, and %d on the disk, want %d", round, size, blocks, boltReserve)
+		}
+		for i := round * 100; i < round*100+100; i++ {
+			if err := bolt.StoreLog(&hraft.Log{Index: i + 1, Term: 1, Data: make([]byte, 4096)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if grown, blocks := taken(); grown < size || blocks > boltReserve+boltReserve/8 {
+			t.Errorf("round %d: %d bytes, %d before, and %d on the disk", round, grown, size, blocks)
+		}
+		if err := bolt.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

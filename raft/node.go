@@ -226,6 +226,9 @@ func (n *Node) start(ctx context.Context) error {
 		return err
 	}
 	n.bolt = bolt
+	if err := reserveBolt(o.Dir); err != nil {
+		o.Logger.Warn("no room is set aside for the cluster state: on a full disk this node can take no part in a change", "dir", o.Dir, "err", err)
+	}
 	store := &watchedStore{BoltStore: bolt, watch: &n.disk}
 	logs, err := hraft.NewLogCache(logCacheEntries, store)
 	if err != nil {

@@ -505,7 +505,7 @@ func (b backend) awaitLeader(ctx context.Context) error {
 	if b.d.until(ctx, func(*state.State) bool { leader, _ := b.d.raft.Leader(); return leader != "" }) {
 		return nil
 	}
-	return noLeader()
+	return b.d.noLeader()
 }
 
 // Failover implements control.Backend.

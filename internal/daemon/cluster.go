@@ -244,7 +244,7 @@ func deletedMeanwhile(sv *state.Volume, err error) error {
 // explain words an error of the cluster layer for the operator.
 func (d *Daemon) explain(err error) error {
 	if leader, _ := d.raft.Leader(); leader == "" && errors.Is(err, context.DeadlineExceeded) {
-		return noLeader()
+		return d.noLeader()
 	}
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, raft.ErrNotLeader) {
 		return control.Errorf(control.CodeTimeout, "start the nodes that are down (blockstep node list), then look whether it has happened",
@@ -254,7 +254,11 @@ func (d *Daemon) explain(err error) error {
 }
 
 // noLeader is the error of a change for which there was no Raft leader in time.
-func noLeader() error {
+func (d *Daemon) noLeader() error {
+	if err := d.raft.StoreError(); err != nil {
+		return control.Errorf(control.CodeTimeout, "make room in "+d.cfg.DataDir+", or mend its disk: it is tried again by itself",
+			"not done in time: there is no Raft leader, and this node cannot write its part of the cluster state: %v", err)
+	}
 	return control.Errorf(control.CodeTimeout,
 		"start the nodes that are down (blockstep node list); only if a majority of them is gone for good: blockstep recover --help",
 		"not done in time: there is no Raft leader, since no majority of the nodes is up and connected")

@@ -127,7 +127,7 @@ func (d *Daemon) operate(ctx context.Context, c operatorCall) (state.Result, err
 		}
 		if !pause(ctx, applyPause) {
 			if leader, _ := d.raft.Leader(); leader == "" {
-				return state.Result{}, noLeader()
+				return state.Result{}, d.noLeader()
 			}
 			return state.Result{}, control.Errorf(control.CodeTimeout, "look at blockstep status: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
 		}

@@ -159,7 +159,7 @@ func (b backend) changeMember(ctx context.Context, c memberCall) (already bool, 
 		asked = asked || leader != ""
 		if !pause(ctx, applyPause) {
 			if leader, _ := b.d.raft.Leader(); leader == "" {
-				return false, noLeader()
+				return false, b.d.noLeader()
 			}
 			return false, control.Errorf(control.CodeTimeout, "look at blockstep node list: it may still happen, or a majority of the nodes is down", "not done in time: %s", last)
 		}
