@@ -167,9 +167,11 @@ func (d *Daemon) runCurrent(ctx context.Context) {
 func (d *Daemon) runHear(ctx context.Context) {
 	for wait := applyPause; ; {
 		if leader, address := d.raft.Leader(); leader != "" && leader != d.self {
-			if err := d.rpc.callAddress(ctx, leader, address, "/node/v1/tell", struct{}{}, nil); err != nil {
+			ask, cancel := context.WithTimeout(ctx, applyTry) // it may have just died, and another one lead
+			if err := d.rpc.callAddress(ask, leader, address, "/node/v1/tell", struct{}{}, nil); err != nil {
 				d.log.Debug("the leader was not asked to speak", "leader", leader, "err", err)
 			}
+			cancel()
 			wait = min(2*wait, hearPauseMax)
 		}
 		select {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -91,5 +92,54 @@ func TestARestartedNodeIsToldAtOnce(t *testing.T) {
 		n.start()
 		n.healthy("db")
 		n.read("db", 0, 512)
+	}
+}
+
+// roundTrip is an http.RoundTripper.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// TestALeaderThatDiesWhenItIsAsked: a node that has just started does not wait for the
+// answer of a Raft leader that hangs, or is dead: there will be another one to ask.
+func TestALeaderThatDiesWhenItIsAsked(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	var running *Daemon // at a follower
+	nodes["alpha"].eventually(20*time.Second, "there is a leader, and one that follows", func(context.Context) error {
+		for _, n := range nodes {
+			running = n.daemon.Load()
+			if leader, _ := running.raft.Leader(); leader != "" && leader != running.self {
+				return nil
+			}
+		}
+		return errors.New("not yet")
+	})
+	asked := make(chan struct{}, 100)
+	d := &Daemon{cfg: running.cfg, self: running.self, log: running.log, raft: running.raft, current: make(chan struct{})}
+	d.rpc = &rpcClient{self: running.self, http: &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+		asked <- struct{}{}
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	})}}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		d.runHear(ctx)
+	}()
+	for range 2 {
+		select {
+		case <-asked:
+		case <-time.After(20 * time.Second):
+			t.Fatal("it asks once and no more")
+		}
+	}
+	close(d.current)
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Fatal("it goes on when the node is current")
 	}
 }
