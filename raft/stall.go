@@ -139,18 +139,34 @@ func (n *Node) runDiskWatch() {
 // elected only by a majority, and with a log as long as theirs. One is asked, since two
 // that stand at once would take one another's votes.
 func (n *Node) abdicate() {
+	if n.raft.State() == hraft.Leader {
+		n.offer()
+	}
+}
+
+// offer is abdicate at a node that may lead no more and not know it, since all of it hung:
+// who is asked says its term first, lest the new leader be unseated.
+func (n *Node) offer() {
 	f := n.raft.GetConfiguration()
-	if n.raft.State() != hraft.Leader || f.Error() != nil {
+	if f.Error() != nil {
 		return
 	}
-	self := n.RaftID()
+	self, term := n.RaftID(), n.Term()
 	header := hraft.RPCHeader{ProtocolVersion: hraft.ProtocolVersionMax, ID: []byte(self), Addr: n.trans.EncodePeer(hraft.ServerID(self), n.trans.LocalAddr())}
 	begin := time.Now()
 	for _, s := range f.Configuration().Servers {
 		if string(s.ID) == self || s.Suffrage != hraft.Voter {
 			continue
 		}
-		err := n.trans.TimeoutNow(s.ID, s.Address, &hraft.TimeoutNowRequest{RPCHeader: header}, &hraft.TimeoutNowResponse{})
+		var there hraft.RequestPreVoteResponse // of term 0 it asks for nothing
+		err := n.trans.RequestPreVote(s.ID, s.Address, &hraft.RequestPreVoteRequest{RPCHeader: header}, &there)
+		if err == nil && there.Term > term {
+			n.log.Info("raft: there has been another election already", "node", s.ID, "term", there.Term)
+			return
+		}
+		if err == nil {
+			err = n.trans.TimeoutNow(s.ID, s.Address, &hraft.TimeoutNowRequest{RPCHeader: header}, &hraft.TimeoutNowResponse{})
+		}
 		if err == nil {
 			n.log.Info("raft: another node stands for election in the place of this one", "node", s.ID)
 			return

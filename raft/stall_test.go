@@ -117,6 +117,33 @@ func TestALeaderWhoseDiskHangsWhileAnotherIsDead(t *testing.T) {
 	}
 }
 
+// TestADeposedLeaderUnseatsNobody: a node that has hung as a whole, and so has been replaced
+// as the leader and does not know, hands nothing over: the new leader stays.
+func TestADeposedLeaderUnseatsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestCluster(t)
+		defer c.stop()
+		for _, f := range testFounders {
+			c.start(f.Name)
+		}
+		for range 3 {
+			was := c.waitLeader()
+			c.net.isolate(was.opts.Address)
+			until(t, "another leader", func() bool { o := c.other(was); return o != nil && !was.IsLeader() })
+			l := c.other(was)
+			time.Sleep(5 * time.Second)
+			term := l.Term()
+			c.net.heal(was.opts.Address)
+			was.offer() // as if it led in its own term
+			time.Sleep(5 * time.Second)
+			if !l.IsLeader() || l.Term() != term {
+				t.Errorf("%s led in term %d; now it is %v, in term %d", l.opts.Node, term, l.raft.State(), l.Term())
+			}
+			c.apply(event("it leads on"))
+		}
+	})
+}
+
 // other is a leader beside l.
 func (c *testCluster) other(l *Node) *Node {
 	c.net.mu.Lock()
