@@ -400,6 +400,9 @@ func (d *Daemon) moveAway(ctx context.Context, sv *state.Volume, from ident.Node
 func (d *Daemon) moveReplica(ctx context.Context, id ident.Volume, from ident.Node) (moved bool, without []string, err error) {
 	sv := d.state().Volumes[id]
 	to := joining(d.state(), sv, from)
+	if to == "" {
+		to = filled(d.state(), sv, from)
+	}
 	if to == "" || !d.nodeUp(to) {
 		if to, without = d.placeFor(ctx, sv); to == "" {
 			return false, without, nil
@@ -510,6 +513,15 @@ func moves(volume string, from, to ident.Node) state.Event {
 	}
 }
 
+// stays says of a replica that a drain has added that it is one of as many as were asked
+// for since: no drain takes another one away for it.
+func stays(volume string, node ident.Node) state.Event {
+	return state.Event{
+		Name: eventMoves, Volume: volume, Node: node, Fields: map[string]string{fieldFrom: string(node)},
+		Text: fmt.Sprintf("volume %s: the replica on %s, which a drain had added, stays beside the others", volume, node),
+	}
+}
+
 // joining is a replica that was added for from's place and has never been in sync: by a
 // drain that was cut off, which goes on with it. One that was added as one more, or for
 // another's place, is none: there would be a copy fewer than was asked for. Nor is one
@@ -521,6 +533,28 @@ func joining(st *state.State, sv *state.Volume, from ident.Node) ident.Node {
 		}
 		if of, ok := filling(st, sv.Name, r.Node); ok && of == from {
 			return r.Node
+		}
+	}
+	return ""
+}
+
+// filled is a replica that was added for from's place and is in sync by now: of a drain that
+// was cut off meanwhile, which has only from's to take away.
+func filled(st *state.State, sv *state.Volume, from ident.Node) ident.Node {
+	var other []ident.Node // of which something newer is known
+	for i := len(st.Events) - 1; i >= 0; i-- {
+		e := &st.Events[i]
+		switch {
+		case e.Volume != sv.Name:
+		case e.Name == "volume-created", e.Name == "replica-added" && e.Node == from:
+			return "" // what is older is of another volume, or of a replica that was there before
+		case slices.Contains(other, e.Node):
+		case e.Name == eventMoves && e.Fields[fieldFrom] == string(from) && e.Node != from:
+			if r := sv.Replica(e.Node); r != nil && sv.InSet(e.Node) && !r.Failed && !r.Leaving {
+				return e.Node
+			}
+		case e.Name == eventMoves, e.Name == "replica-added":
+			other = append(other, e.Node)
 		}
 	}
 	return ""

@@ -115,6 +115,78 @@ func TestDrainBesideAFill(t *testing.T) {
 	}
 }
 
+// A drain that was cut off, and whose new replica has been filled since, has only the old one
+// to take away; unless somebody has asked for as many replicas as there are by then.
+func TestADrainThatWasCutOffIsEnded(t *testing.T) {
+	t.Parallel()
+	nodes := newCluster(t, "")
+	alpha, beta := nodes["alpha"], nodes["beta"]
+	if _, err := alpha.client.CreateVolume(t.Context(), control.CreateVolume{Name: "db", Size: 8 << 20, Replicas: []string{"alpha", "beta"}}); err != nil {
+		t.Fatal(err)
+	}
+	alpha.healthy("db")
+	d := beta.daemon.Load()
+	id := d.state().Volume("db").ID
+	cutOff := func() {
+		t.Helper()
+		res, err := d.applyWhole(t.Context(), state.Command{AddEvent: &state.AddEvent{Event: moves("db", "alpha", "gamma")}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.until(t.Context(), func(s *state.State) bool { return s.NextEvent > res.Event })
+	}
+	if _, err := d.addReplica(t.Context(), id, "gamma", 0); err != nil {
+		t.Fatal(err)
+	}
+	cutOff()
+	if err := d.awaitVolume(t.Context(), id, func(v *state.Volume) bool { return v.InSet("gamma") }); err != nil {
+		t.Fatal(err)
+	}
+	three := 3
+	if _, err := beta.client.SetOptions(t.Context(), "db", control.SetOptions{Replicas: &three}); err != nil {
+		t.Fatal(err)
+	}
+	var e *control.Error
+	if _, err := beta.client.ChangeNode(t.Context(), "alpha", "drain"); !errors.As(err, &e) || !strings.Contains(e.Message, "no other node that is up is without a replica of db") {
+		t.Errorf("a drain where three were asked for: %v", err)
+	}
+	cutOff()
+	if _, err := beta.client.ChangeNode(t.Context(), "alpha", "drain"); err != nil {
+		t.Errorf("a drain that was cut off: %v", err)
+	}
+	if v := beta.status("db"); len(v.Replicas) != 2 || v.Replicas[0].Node != "beta" || v.Replicas[1].Node != "gamma" {
+		t.Errorf("after it: %+v", v)
+	}
+}
+
+func TestFilled(t *testing.T) {
+	added := func(node string) state.Event {
+		return state.Event{Name: "replica-added", Volume: "db", Node: ident.Node(node)}
+	}
+	moved := func(from, to ident.Node) state.Event { return moves("db", from, to) }
+	for name, c := range map[string]struct {
+		events []state.Event
+		want   ident.Node
+	}{
+		"nothing is known":                {nil, ""},
+		"cut off":                         {[]state.Event{added("d"), moved("b", "d")}, "d"},
+		"cut off, and d came by another":  {[]state.Event{added("b"), moved("a", "b"), added("d"), moved("b", "d")}, "d"},
+		"it is another's":                 {[]state.Event{added("d"), moved("c", "d")}, ""},
+		"it was added as one more since":  {[]state.Event{added("d"), moved("b", "d"), added("d")}, ""},
+		"it is to stay":                   {[]state.Event{added("d"), moved("b", "d"), stays("db", "d")}, ""},
+		"ended, and b is back":            {[]state.Event{added("d"), moved("b", "d"), added("b")}, ""},
+		"ended, and b is back by a drain": {[]state.Event{added("d"), moved("b", "d"), added("b"), moved("a", "b")}, ""},
+		"it is not in sync":               {[]state.Event{added("e"), moved("b", "e")}, ""},
+		"of a volume that was deleted":    {[]state.Event{added("d"), moved("b", "d"), {Name: "volume-created", Volume: "db"}}, ""},
+		"of another volume":               {[]state.Event{moves("web", "b", "d")}, ""},
+	} {
+		sv := &state.Volume{Name: "db", InSync: []ident.Node{"b", "c", "d"}, Replicas: []state.Replica{{Node: "b"}, {Node: "c"}, {Node: "d"}, {Node: "e"}}}
+		if got := filled(&state.State{Events: c.events}, sv, "b"); got != c.want {
+			t.Errorf("%s: %q, not %q", name, got, c.want)
+		}
+	}
+}
+
 // TestAMemberChangedAgain: whoever got no answer asks the same again, through any node,
 // and is told that it is so; the leader says it too, whom a node asks again by itself.
 // What is not as it was asked for is refused as before.

@@ -61,11 +61,31 @@ func (d *Daemon) setOptions(ctx context.Context, sv *state.Volume, r control.Set
 		if err := d.raiseReplicas(ctx, sv, *r.Replicas, options); err != nil {
 			return err
 		}
+		if err := d.keepFilled(ctx, sv); err != nil {
+			return err
+		}
 		if r.MinCopies == nil && r.ResyncRateMax == nil && r.ResyncRateMin == nil {
 			return nil
 		}
 	}
 	return d.applyTo(ctx, sv, options)
+}
+
+// keepFilled has those replicas stay that drains had added, which were cut off: they were
+// counted among those that are asked for now.
+func (d *Daemon) keepFilled(ctx context.Context, sv *state.Volume) error {
+	for _, rep := range sv.Replicas {
+		to := filled(d.state(), sv, rep.Node)
+		if to == "" {
+			continue
+		}
+		res, err := d.applyWhole(ctx, state.Command{AddEvent: &state.AddEvent{Event: stays(sv.Name, to)}})
+		if err != nil {
+			return err
+		}
+		d.until(ctx, func(s *state.State) bool { return s.NextEvent > res.Event })
+	}
+	return nil
 }
 
 // raiseReplicas gives a volume replicas until it has n of them. They are there when it
