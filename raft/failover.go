@@ -125,6 +125,7 @@ type volumeTask struct {
 	requests []*request
 	waiting  string
 	kick     chan struct{} // capacity 1: a report, a request or the cluster state is news
+	news     chan struct{} // capacity 1: a report that is not the one of before again
 	first    ident.Node    // where a new volume's first primary should be
 	elected  ident.Node    // who is being promoted; "" when nobody is
 
@@ -271,7 +272,7 @@ func (c *Controller) taskLocked(id ident.Volume) *volumeTask {
 		if len(c.vols) >= reportsMax {
 			return nil
 		}
-		t = &volumeTask{id: id, reports: map[ident.Node]report{}, kick: make(chan struct{}, 1)}
+		t = &volumeTask{id: id, reports: map[ident.Node]report{}, kick: make(chan struct{}, 1), news: make(chan struct{}, 1)}
 		c.vols[id] = t
 	}
 	if !t.running {
@@ -282,9 +283,11 @@ func (c *Controller) taskLocked(id ident.Volume) *volumeTask {
 	return t
 }
 
-func (t *volumeTask) wake() {
+func (t *volumeTask) wake() { signal(t.kick) }
+
+func signal(ch chan<- struct{}) {
 	select {
-	case t.kick <- struct{}{}:
+	case ch <- struct{}{}:
 	default:
 	}
 }
@@ -307,6 +310,8 @@ func (c *Controller) Report(vol ident.Volume, node ident.Node, kind ReportKind, 
 	r := report{kind: kind, epoch: epoch, first: now, last: now}
 	if known && old.kind == kind && old.epoch == epoch && now.Sub(old.last) < reportLife {
 		r.first = old.first
+	} else {
+		signal(t.news)
 	}
 	t.reports[node] = r
 	t.wake()

@@ -240,6 +240,22 @@ func (r *rig) want(primary ident.Node, epoch ident.Epoch) {
 // bubble runs a test with its rig in virtual time.
 func bubble(t *testing.T, f func(t *testing.T)) { t.Helper(); synctest.Test(t, f) }
 
+// Reports come one by one, and the one that makes them enough is acted on at once.
+func TestReportsOneByOne(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.stop()
+		r.with(func(of map[ident.Node]*fakeReplica) { of["a"].dead = true })
+		r.c.Report(1, "b", ReportLapsed, 1)
+		synctest.Wait()
+		time.Sleep(10 * time.Millisecond)
+		if d := r.lapse(10*time.Second, "c"); d > 50*time.Millisecond {
+			t.Errorf("took %v", d)
+		}
+		r.want("b", 2)
+	})
+}
+
 func TestFailoverOfADeadPrimary(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r := newRig(t)

@@ -48,7 +48,7 @@ func (c *Controller) runVolume(ctx context.Context, t *volumeTask) {
 				c.o.Logger.Debug("failover round ended", "volume", uint64(t.id), "rule", j.rule, "err", err)
 			}
 		case wait > 0:
-			c.sleep(ctx, t, wait)
+			c.gather(ctx, t, wait)
 		default:
 			return
 		}
@@ -371,6 +371,27 @@ func (c *Controller) sleep(ctx context.Context, t *volumeTask, d time.Duration) 
 	case <-timer.C:
 	case <-t.kick:
 	case <-ctx.Done():
+	}
+}
+
+// gather is sleep, but that a replica which had not reported ends it at once: it may have
+// made the reports enough.
+func (c *Controller) gather(ctx context.Context, t *volumeTask, d time.Duration) {
+	timer := time.NewTimer(d / 2)
+	defer timer.Stop()
+	select {
+	case <-t.news:
+		return
+	case <-ctx.Done():
+		return
+	case <-timer.C:
+		timer.Reset(d - d/2)
+	}
+	select {
+	case <-t.news:
+	case <-t.kick:
+	case <-ctx.Done():
+	case <-timer.C:
 	}
 }
 
