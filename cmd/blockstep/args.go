@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -112,9 +113,12 @@ func nodeNamesOf(cmd *cobra.Command, flag string, names ...string) error {
 	if len(names) == 0 {
 		names = []string{""}
 	}
-	for _, n := range names {
+	for i, n := range names {
 		if err := config.CheckName("node", n); err != nil {
 			return control.Errorf(control.CodeUsage, "", "--%s: %v", flag, err)
+		}
+		if slices.Contains(names[:i], n) {
+			return control.Errorf(control.CodeUsage, "", "--%s: node %s is named twice", flag, n)
 		}
 	}
 	return nil
