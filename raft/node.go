@@ -93,6 +93,8 @@ const (
 	applyWait = 5 * time.Second // when the context has no deadline
 	// transferWait is how long a leader that stops tries to hand over: it takes milliseconds.
 	transferWait = time.Second
+	// transferLook is how often it looks whether it leads still, should the news be lost.
+	transferLook = 50 * time.Millisecond
 
 	// The state is a few hundred KiB at most and is written whole: a snapshot
 	// every thousand commands keeps the log, and so a restart, short.
@@ -416,9 +418,29 @@ func (n *Node) runTell() {
 // works at the leader only.
 func (n *Node) Barrier(ctx context.Context) error { return n.wait(ctx, n.raft.Barrier(timeLeft(ctx))) }
 
-// TransferLeadership hands Raft's leadership to another node.
+// TransferLeadership hands Raft's leadership to another node, and returns when this one
+// leads no more. It gives up after twice ElectionTimeout, since hashicorp/raft does after
+// one.
 func (n *Node) TransferLeadership(ctx context.Context) error {
-	return n.wait(ctx, n.raft.LeadershipTransfer())
+	ctx, cancel := context.WithTimeout(ctx, 2*n.opts.ElectionTimeout)
+	defer cancel()
+	changed, stop := n.watch.add()
+	defer stop()
+	look := time.NewTicker(transferLook)
+	defer look.Stop()
+	// Its future is not waited for: one that comes when raft ends is never answered.
+	_ = n.raft.LeadershipTransfer()
+	for n.IsLeader() {
+		select {
+		case <-changed:
+		case <-look.C:
+		case <-n.ctx.Done():
+			return ErrShutdown
+		case <-ctx.Done():
+			return fmt.Errorf("%w: nobody has taken the leadership over: %w", ErrUnknownOutcome, ctx.Err())
+		}
+	}
+	return nil
 }
 
 func timeLeft(ctx context.Context) time.Duration {
@@ -447,7 +469,8 @@ func (n *Node) wait(ctx context.Context, f hraft.Future) error {
 	}
 }
 
-// runWait ends at the latest with raft's shutdown, which answers each future.
+// runWait ends at the latest with raft's shutdown, which answers each future (but that
+// of a leadership transfer).
 func (n *Node) runWait(f hraft.Future, done chan<- error) {
 	defer n.wg.Done()
 	done <- f.Error()

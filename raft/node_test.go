@@ -717,6 +717,29 @@ func TestNewerCommandHalts(t *testing.T) {
 	})
 }
 
+// TestATransferAsRaftEnds: hashicorp/raft never answers one that comes then, and the
+// node ends all the same.
+func TestATransferAsRaftEnds(t *testing.T) {
+	for range 8 { // it is taken, or refused, at random
+		synctest.Test(t, func(t *testing.T) {
+			c := newTestCluster(t)
+			defer c.stop()
+			for _, f := range testFounders {
+				c.start(f.Name)
+			}
+			l := c.waitLeader()
+			if err := l.raft.Shutdown().Error(); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if err := l.TransferLeadership(ctx); err != nil {
+				t.Errorf("it leads no more, and: %v", err)
+			}
+		})
+	}
+}
+
 func TestSnapshotAndRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestCluster(t)
