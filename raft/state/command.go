@@ -166,6 +166,9 @@ type Promote struct {
 	// Readmit, with LossForced only: Node's replica had failed and has none beside it in Set. It
 	// is taken back with what its disk holds still, at an operator's word.
 	Readmit bool `json:"readmit,omitempty"` // version 2
+	// Fence raises the cache generation although nothing is lost: sessions from before
+	// end with an error, at an operator's word (adr/0022).
+	Fence bool `json:"fence,omitempty"` // version 4
 }
 
 // ChangeSet changes the in-sync set. Only the primary of Epoch gives it.
@@ -224,6 +227,8 @@ func (c *Command) Kind() string {
 // know would do what the others have refused, or the other way round.
 func (c *Command) version() int {
 	switch {
+	case c.Promote != nil && c.Promote.Fence:
+		return VersionFence
 	case c.RegisterReplica != nil && c.RegisterReplica.Was != 0, c.AddReplica != nil && c.AddReplica.AtMost != 0:
 		return VersionCompares
 	case c.Promote != nil && c.Promote.Readmit:

@@ -34,8 +34,10 @@ func (s *State) promote(c *Command, p *Promote) Result {
 	}
 	v.Epoch, v.Primary = p.Epoch, p.Node
 	v.PrimaryReplica, v.PrimaryIncarnation, v.PrimaryPosition = p.Replica, p.Incarnation, p.Position
-	if loss != LossNone {
+	if loss != LossNone || p.Fence {
 		v.Generation++
+	}
+	if loss != LossNone {
 		v.LossEpoch = p.Epoch
 	}
 	if v.Options.Ack == AckLocal {
@@ -57,6 +59,13 @@ func (s *State) promote(c *Command, p *Promote) Result {
 		e.Text += fmt.Sprintf("; its replica, which had %s, is taken back as it is", was)
 	}
 	res := s.event(c, v, e)
+	if p.Fence {
+		res = s.event(c, v, Event{
+			Name: "fenced", Node: p.Node,
+			Text:   fmt.Sprintf("volume %s: fenced by an operator in epoch %d: sessions from before end with an error", v.Name, p.Epoch),
+			Fields: map[string]string{"epoch": fmt.Sprint(p.Epoch), "generation": fmt.Sprint(v.Generation)},
+		})
+	}
 	res.Loss = loss
 	return res
 }

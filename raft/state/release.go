@@ -2,6 +2,7 @@ package state
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 
 	"github.com/blockstep/blockstep/internal/ident"
@@ -30,23 +31,25 @@ func Started(node ident.Node, build string) Command {
 // understands the commands of a version. Whoever proposes such a command asks first: a node
 // that does not understand it would stop there until it is upgraded. It is false where one
 // has not started since it became a member, or so long ago that its event is gone: what a
-// command adds in that version has to be something that can be left out (adr/0021).
-func (s *State) Understood(version int) bool {
-	known := make(map[ident.Node]bool, len(s.Nodes))
+// command adds in that version has to be something that can be left out (adr/0021), or
+// refused (adr/0022).
+func (s *State) Understood(version int) bool { return len(s.Lacking(version)) == 0 }
+
+// Lacking lists the members that Understood is false for, by name.
+func (s *State) Lacking(version int) []ident.Node {
+	known := make(map[ident.Node]bool, len(s.Nodes)) // with what its newest event says
 	for i := len(s.Events) - 1; i >= 0 && len(known) < len(s.Nodes); i-- {
 		e := &s.Events[i]
-		if s.Nodes[e.Node] == nil || known[e.Node] {
+		if _, ok := known[e.Node]; ok || s.Nodes[e.Node] == nil {
 			continue
 		}
 		switch e.Name {
 		case eventStarted:
-			if v, err := strconv.Atoi(e.Fields[fieldCommands]); err != nil || v < version {
-				return false
-			}
-			known[e.Node] = true
+			v, err := strconv.Atoi(e.Fields[fieldCommands])
+			known[e.Node] = err == nil && v >= version
 		case eventNodeAdded, eventNodeReplaced:
-			return false
+			known[e.Node] = false
 		}
 	}
-	return len(known) == len(s.Nodes)
+	return slices.DeleteFunc(s.NodeNames(), func(n ident.Node) bool { return known[n] })
 }

@@ -21,12 +21,13 @@ import (
 
 // Version is the newest version of a snapshot that this build understands,
 // CommandVersion that of a command. In VersionCompares, RegisterReplica and
-// AddReplica say what they were decided on: such a command is proposed only where
-// State.Understood.
+// AddReplica say what they were decided on, in VersionFence a Promote may be a fence:
+// such a command is proposed only where State.Understood.
 const (
 	Version         = 1
-	CommandVersion  = 3
+	CommandVersion  = 4
 	VersionCompares = 3
+	VersionFence    = 4
 )
 
 // ErrNewer is returned when bytes were written by a newer blockstep. They are
@@ -123,7 +124,7 @@ type Volume struct {
 	InSync     []ident.Node `json:"in_sync"`     // sorted by name
 	SetVersion uint64       `json:"set_version"` // rises with each change of InSync
 
-	Generation uint64      `json:"generation"`  // of caches: raised when an answered write may be gone
+	Generation uint64      `json:"generation"`  // of caches: raised when an answered write may be gone, and by a fence
 	LossEpoch  ident.Epoch `json:"loss_epoch"`  // newest epoch that began by a promotion that may have lost something
 	LocalEpoch ident.Epoch `json:"local_epoch"` // newest epoch in which the ack mode was local for a time
 

@@ -203,6 +203,63 @@ func TestLossRaisesTheGeneration(t *testing.T) {
 	}
 }
 
+// A fence is a promotion that raises the generation and loses nothing. One that comes late
+// or again is refused, or answered as it was, like any promotion.
+func TestFence(t *testing.T) {
+	fence := func(s *State, n ident.Node, e ident.Epoch) Command {
+		c := promote(s, n, e)
+		c.Promote.Fence = true
+		return c
+	}
+	names := func(s *State) (out []string) {
+		for _, e := range s.Events {
+			if e.Name == "promoted" || e.Name == "fenced" {
+				out = append(out, e.Name)
+			}
+		}
+		return out
+	}
+	first := serving(t)
+	before := len(names(first))
+	c := fence(first, "a", 5)
+	c.ID = "fence"
+	s := do(t, first, c)
+	if v := s.Volumes[1]; v.Generation != 2 || v.LossEpoch != 0 || v.Epoch != 5 || v.Primary != "a" || v.SetVersion != first.Volumes[1].SetVersion {
+		t.Errorf("%+v", v)
+	}
+	if got := names(s)[before:]; !slices.Equal(got, []string{"promoted", "fenced"}) {
+		t.Errorf("events %v", got)
+	}
+	for _, e := range s.Events {
+		if strings.Contains(e.Text, "may be gone") {
+			t.Errorf("event %q", e.Text)
+		}
+	}
+	s, r := s.Apply(c) // sent again
+	if v := s.Volumes[1]; !r.OK || r.Loss != LossNone || v.Generation != 2 {
+		t.Errorf("again: %+v, %+v", r, v)
+	}
+	c.ID = "late"
+	refused(t, s, c, RuleEpoch)
+	if v := s.Volumes[1]; v.Generation != 2 || v.Epoch != 5 {
+		t.Errorf("late: %+v", v)
+	}
+	s = do(t, s, promote(s, "b", 6)) // a failover after it
+	if v := s.Volumes[1]; v.Generation != 2 {
+		t.Errorf("a promotion that is no fence: %+v", v)
+	}
+	s = do(t, s, fence(s, "c", 7)) // the next one
+	if v := s.Volumes[1]; v.Generation != 3 || v.LossEpoch != 0 {
+		t.Errorf("the second: %+v", v)
+	}
+	c = fence(s, "c", 8) // all nodes lost power meanwhile: it is a loss, and raised once
+	c.Promote.Loss = LossPower
+	s = do(t, s, c)
+	if v := s.Volumes[1]; v.Generation != 4 || v.LossEpoch != 8 {
+		t.Errorf("with a loss: %+v", v)
+	}
+}
+
 // A replica that was to leave and is out of the set after a forced failover has
 // left.
 func TestForcedFailoverDropsWhoWasToLeave(t *testing.T) {
@@ -346,6 +403,9 @@ func TestUnderstood(t *testing.T) {
 	check("nobody has started", false)
 	for _, n := range s.NodeNames() {
 		check("not all have started", false)
+		if lacks := s.Lacking(VersionCompares); lacks[0] != n {
+			t.Errorf("lacking: %v, not %s first", lacks, n)
+		}
 		s = do(t, s, Started(n, "v2"))
 	}
 	check("all have", true)
@@ -457,7 +517,7 @@ func TestEncodingVersions(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	if _, err := DecodeCommand([]byte(`{"v":4,"teleport":{}}`)); !errors.Is(err, ErrNewer) {
+	if _, err := DecodeCommand([]byte(`{"v":5,"teleport":{}}`)); !errors.Is(err, ErrNewer) {
 		t.Errorf("newer command: %v", err)
 	}
 	for _, bad := range []string{"", "{}", `{"v":1}`, `{"v":1,"add_event":{},"promote":{}}`} {
@@ -487,6 +547,7 @@ func TestEncodingVersions(t *testing.T) {
 			{RegisterReplica: &RegisterReplica{Volume: 1, Node: "c", Replica: 31, Replace: true, Was: 30}},
 			{AddReplica: &AddReplica{Volume: 1, Node: "c", AtMost: 3}},
 		},
+		VersionFence: {{Promote: &Promote{Volume: 1, Epoch: 2, Node: "b", Fence: true}}},
 		1: {
 			{RegisterReplica: &RegisterReplica{Volume: 1, Node: "c", Replica: 31, Replace: true}},
 			{AddReplica: &AddReplica{Volume: 1, Node: "c"}},
@@ -574,7 +635,8 @@ func drawCommand(t *rapid.T, s *State) Command {
 			Volume: 1, OldEpoch: ident.Epoch(near(uint64(v.Epoch), "old")), SetVersion: near(v.SetVersion, "version"),
 			Epoch: v.Epoch + ident.Epoch(rapid.IntRange(0, 3).Draw(t, "epoch")), Node: n, Replica: id, Incarnation: 1,
 			Loss: rapid.SampledFrom([]Loss{LossNone, LossNone, LossPower, LossForced, LossLocal}).Draw(t, "loss"), Heard: set,
-			Set: rapid.SampledFrom([][]ident.Node{nil, set}).Draw(t, "forced set"),
+			Fence: rapid.Bool().Draw(t, "fence"),
+			Set:   rapid.SampledFrom([][]ident.Node{nil, set}).Draw(t, "forced set"),
 		}}
 	case 1, 2:
 		return Command{ChangeSet: &ChangeSet{Volume: 1, Epoch: ident.Epoch(near(uint64(v.Epoch), "epoch")), Version: near(v.SetVersion, "version"), Set: set}}
@@ -624,7 +686,11 @@ func holds(t *rapid.T, s, next *State, c *Command, r Result, primaries map[ident
 	if r.OK && c.Promote != nil && v.Epoch <= old.Epoch {
 		t.Fatal("a promotion without a new epoch")
 	}
-	if lost := r.Loss != LossNone; lost != (v.Generation > old.Generation) {
+	ends := r.OK && c.Promote != nil && (r.Loss != LossNone || c.Promote.Fence)
+	if raised := v.Generation - old.Generation; raised > 1 || ends != (raised == 1) {
 		t.Fatalf("loss %q, generation %d then %d", r.Loss, old.Generation, v.Generation)
+	}
+	if r.Loss == LossNone && v.LossEpoch != old.LossEpoch {
+		t.Fatalf("no loss, and one in epoch %d", v.LossEpoch)
 	}
 }
