@@ -146,6 +146,7 @@ type report struct {
 // request is an operator's.
 type request struct {
 	switchover bool
+	fence      bool
 	to         ident.Node
 	force      bool
 	done       chan struct{} // closed after result and err are set
@@ -351,6 +352,15 @@ func (c *Controller) Switchover(ctx context.Context, vol ident.Volume, to ident.
 // preferred among equals.
 func (c *Controller) Failover(ctx context.Context, vol ident.Volume, to ident.Node, force bool) (state.Result, error) {
 	return c.ask(ctx, vol, &request{to: to, force: force})
+}
+
+// Fence ends every session of the volume that was opened before with an error, on all
+// nodes, those out of reach included: when it returns without an error none of their
+// writes takes effect any more, and none that was answered is lost. The primary stays
+// where it is, if it can. An error says that it is not in force; when ctx ends first it
+// may still come. Asking again is safe, and ends the sessions opened meanwhile.
+func (c *Controller) Fence(ctx context.Context, vol ident.Volume) (state.Result, error) {
+	return c.ask(ctx, vol, &request{fence: true})
 }
 
 func (c *Controller) ask(ctx context.Context, vol ident.Volume, r *request) (state.Result, error) {

@@ -39,6 +39,9 @@ func (c *Controller) serve(ctx context.Context, t *volumeTask, r *request) (stat
 	if r.switchover {
 		return c.switchover(ctx, t, r.to)
 	}
+	if r.fence {
+		return c.fence(ctx, t)
+	}
 	rule := "an operator asked for a failover"
 	if r.force {
 		rule = "an operator forced a failover"

@@ -29,6 +29,8 @@ type job struct {
 	first    []ident.Node
 	operator bool // do not wait for what does not come; power loss is accepted
 	force    bool
+	fence    bool         // the promotion raises the cache generation
+	until    time.Time    // with fence: a round that has promoted nobody by then is the last
 	readmit  []ident.Node // replicas that have failed and are asked all the same
 	// declined is the newest answer of the preferred node that was no consent.
 	declined ident.SealAnswer
@@ -247,7 +249,11 @@ func (c *Controller) work(ctx context.Context, t *volumeTask, j *job) (state.Res
 		if j.operator && out.hopeless(time.Now().After(deadline)) {
 			return state.Result{}, operatorError(v, j, out.verdict)
 		}
-		if !j.operator && c.asked(t) {
+		if j.fence {
+			if time.Now().After(j.until) {
+				return state.Result{}, errors.New(out.verdict.Text())
+			}
+		} else if !j.operator && c.asked(t) {
 			return state.Result{}, nil
 		}
 		// Someone may have promised while the primary lives on: it must hand
@@ -480,6 +486,7 @@ func (c *Controller) promote(ctx context.Context, v *state.Volume, epoch ident.E
 		Volume: v.ID, OldEpoch: v.Epoch, SetVersion: v.SetVersion, Epoch: epoch,
 		Node: d.Node, Replica: d.Answer.Replica, Incarnation: d.Answer.Incarnation, Position: d.Answer.Last,
 		Loss: d.Loss, Heard: d.Heard, Set: d.Set, Readmit: d.Readmit, Rule: j.rule + "; " + d.Rule,
+		Fence: j.fence,
 	}}
 	return c.o.Cluster.Apply(pctx, cmd)
 }
