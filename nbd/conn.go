@@ -72,6 +72,7 @@ type conn struct {
 		writing    bool     // somebody holds the writer's role
 		dead       bool     // write nothing more
 		lost       bool     // the session ended: close once all is answered
+		why        error    // of lost, as far as it is known
 		waiting    bool     // the reader waits on wake
 		admitting  bool     // for room: it does not see the client go
 		inflight   int      // requests from admitted to answered
@@ -156,7 +157,7 @@ func (c *conn) end(reason error) {
 		return
 	}
 	c.mu.Lock()
-	c.mu.lost = true
+	c.mu.lost, c.mu.why = true, reason
 	c.mu.Unlock()
 	c.drain()
 }

@@ -27,9 +27,9 @@ var (
 	// ErrShutdown is returned when the server is stopping.
 	ErrShutdown = errors.New("the server is shutting down")
 	// ErrSessionLost is returned when the session cannot go on, because what
-	// the client believes to have written may be gone. The request is answered
+	// the client believes to have written may be gone, or because it was fenced. The request is answered
 	// with ESHUTDOWN and the connection ends.
-	ErrSessionLost = errors.New("the session has ended: reconnect, and check what was written without a flush")
+	ErrSessionLost = errors.New("the session has ended: connect again")
 	// ErrTooLarge is returned when a request is larger than the server takes.
 	ErrTooLarge = errors.New("the request is too large: see the block sizes that the server advertises")
 	// ErrNoMemory is returned when a limit on memory refuses the request.

@@ -58,7 +58,10 @@ func (c *conn) runReader() error {
 func (c *conn) drainReason() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.mu.lost {
+	switch {
+	case c.mu.why != nil:
+		return c.mu.why
+	case c.mu.lost:
 		return ErrSessionLost
 	}
 	return errDraining

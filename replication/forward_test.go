@@ -121,6 +121,50 @@ func (ts *testSession) startRead(off uint64, n int) <-chan error {
 	return ts.start(&Request{Op: OpRead, Offset: off, Length: uint64(n), Data: buf.Get(n)})
 }
 
+// Sessions that end because of a fence are not told that writes may be gone, and others are:
+// also when a fence comes after a loss, or a loss that they have not seen after a fence.
+func TestWhyASessionEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		c := newTestCluster(t, 1<<20, 1, "client")
+		c.promote("n1")
+		raise := func(loss bool) {
+			c.mu.Lock()
+			c.view.Generation++
+			if c.view.SetVersion++; loss {
+				c.view.LossEpoch = c.view.Epoch
+			}
+			c.mu.Unlock()
+		}
+		ends := func(what string, want error) {
+			t.Helper()
+			s := []*testSession{c.session("client"), c.session("n1")}
+			c.mu.Lock()
+			c.view.Epoch++
+			c.mu.Unlock()
+			switch what {
+			case "a fence":
+				raise(false)
+			case "a loss":
+				raise(true)
+			case "both":
+				raise(true)
+				raise(false)
+			}
+			c.push()
+			for _, s := range s {
+				if !errors.Is(s.killed, want) || !errors.Is(s.killed, ErrGeneration) {
+					t.Errorf("%s: killed by %v", what, s.killed)
+				}
+			}
+		}
+		ends("a fence", ErrFenced)
+		ends("a loss", errLostData)
+		ends("a fence", ErrFenced)
+		ends("both", errLostData)
+		c.close()
+	})
+}
+
 func TestRaisedGenerationEndsSessions(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		c := newTestCluster(t, 1<<20, 1, "client")

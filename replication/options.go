@@ -26,9 +26,14 @@ var (
 	// ErrUnsupported is returned for an operation that this version or the
 	// primary's does not know.
 	ErrUnsupported = errors.New("operation is not supported")
-	// ErrGeneration ends a session that began before data may have been lost:
-	// what its client believes to be written may be gone.
-	ErrGeneration = errors.New("the volume lost unflushed data since this session began: connect again and check the data (see blockstep events)")
+	// ErrGeneration ends a session that began before the cache generation was raised:
+	// what its client believes to be written may be gone, or an operator has fenced
+	// it. ErrFenced and errLostData are this one, where it is known which.
+	ErrGeneration = errors.New("the volume was fenced by an operator, or lost unflushed data, since this session began: see blockstep events")
+	// ErrFenced ends a session because an operator said so. Nothing was lost.
+	ErrFenced error = generationError("the volume was fenced by an operator since this session began: another host may be using it (see blockstep events)")
+
+	errLostData error = generationError("the volume lost unflushed data since this session began: check the data (see blockstep events)")
 	// ErrTooOld is returned for a request that was sent again so late that
 	// nobody can tell any more whether it took effect; it was not run again.
 	ErrTooOld = errors.New("cannot tell whether the request took effect before the failover: it was not run again")
@@ -40,6 +45,15 @@ var (
 	// ErrNoReplica is returned when a call needs a replica on this node.
 	ErrNoReplica = errors.New("this node has no replica of the volume")
 )
+
+// generationError is an ErrGeneration that says why.
+type generationError string
+
+// Error returns the text.
+func (e generationError) Error() string { return string(e) }
+
+// Is makes errors.Is(err, ErrGeneration) true.
+func (generationError) Is(target error) bool { return target == ErrGeneration } //nolint:errorlint // that is what Is is for
 
 // Clock is where time comes from. Boot is CLOCK_BOOTTIME, which, unlike Go's
 // monotonic clock, goes on in a suspend; leases are measured by it.

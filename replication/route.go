@@ -269,9 +269,7 @@ func (v *Volume) handleReply(from ident.Node, m *wire.Reply, b *completions) {
 		}
 		b.succeed(r)
 	case wire.StatusGeneration:
-		s := r.sess
-		v.finish(r, ErrGeneration)
-		s.end(ErrGeneration)
+		v.outlive(r)
 	case wire.StatusIO, wire.StatusNoSpace, wire.StatusTooOld, wire.StatusUnsupported:
 		v.finish(r, statusError(m.Status))
 	default:
@@ -370,16 +368,16 @@ func (v *Volume) SetView(view core.View) {
 		return r.sess.replicaOf == "" && newEpoch
 	})
 	v.held = append(v.held, moved...)
-	var lost []*Session
+	outlived := map[*Session]error{}
 	for s := range v.sessions {
 		if s.generation < view.Generation && s.replicaOf == "" {
-			lost = append(lost, s)
+			outlived[s] = s.outlivedBy(&view)
 		}
 	}
 	v.cmu.Unlock()
 	signal(v.clientWake)
-	for _, s := range lost {
-		s.end(ErrGeneration)
+	for s, reason := range outlived {
+		s.end(reason)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"github.com/blockstep/blockstep/internal/ident"
+	"github.com/blockstep/blockstep/replication/core"
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -34,7 +35,8 @@ type Session struct {
 	client     Client
 	id         uint64 // random, never 0
 	generation uint64
-	replicaOf  ident.Node // VOLUME@NODE: whose content; "": the volume
+	epoch      ident.Epoch // of the volume when it began
+	replicaOf  ident.Node  // VOLUME@NODE: whose content; "": the volume
 	next       atomic.Uint64
 	stalls     atomic.Uint64 // of the process, when the client was last known to be there
 	pauses     atomic.Uint64 // likewise, the shorter ones too
@@ -68,7 +70,7 @@ func (v *Volume) openSession(c Client, replicaOf ident.Node) (*Session, error) {
 	if v.view == nil {
 		return nil, fmt.Errorf("volume %s: this node has not heard of it from the cluster yet: %w", v.opts.Name, ErrClosed)
 	}
-	s.generation = v.view.Generation
+	s.generation, s.epoch = v.view.Generation, v.view.Epoch
 	v.sessions[s] = struct{}{}
 	if replicaOf == "" {
 		v.askPositionLocked()
@@ -183,6 +185,29 @@ func (s *Session) admit() error {
 	}
 	s.end(fmt.Errorf("%w: this node stood still for a while, and whether the client has gone on elsewhere cannot be known", ErrClientGone))
 	return ErrClientGone
+}
+
+// outlivedBy says why a session of an older cache generation than view's must end: each
+// loss since it began has an epoch, and what raises the generation without one is a
+// fence. It is asked with the volume's lock.
+func (s *Session) outlivedBy(view *core.View) error {
+	switch {
+	case view.Generation <= s.generation:
+		return ErrGeneration // the primary has said so, before the news have come here
+	case view.LossEpoch > s.epoch:
+		return errLostData
+	}
+	return ErrFenced
+}
+
+// outlive ends the session of a request that was refused for its cache generation.
+func (v *Volume) outlive(r *Request) {
+	s := r.sess
+	v.cmu.Lock()
+	reason := s.outlivedBy(v.view)
+	v.cmu.Unlock()
+	v.finish(r, reason)
+	s.end(reason)
 }
 
 // end kills the connection. Its owner then closes the session. A client that may

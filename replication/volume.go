@@ -144,9 +144,7 @@ func (v *Volume) finishOp(r *Request, status wire.Status, pos ident.Position, wh
 	case wire.StatusRetry, wire.StatusStaleEcho:
 		v.undone(r)
 	case wire.StatusGeneration:
-		s := r.sess
-		v.finish(r, ErrGeneration)
-		s.end(ErrGeneration)
+		v.outlive(r)
 	case wire.StatusIO, wire.StatusNoSpace, wire.StatusRange, wire.StatusTooOld, wire.StatusUnsupported:
 		err := statusError(status)
 		if why != nil && !errors.Is(why, err) {

@@ -56,6 +56,8 @@ func (d *Daemon) checkAttachment(r attach.Record) error {
 		switch {
 		case sv.Deleted:
 			return fmt.Errorf("%w: the volume was deleted", attach.ErrLost)
+		case sv.Generation > r.Generation && uint64(sv.LossEpoch) <= r.Epoch:
+			return fmt.Errorf("%w: the volume was fenced since it was attached (see blockstep events)", attach.ErrLost)
 		case sv.Generation > r.Generation:
 			return fmt.Errorf("%w: the volume lost writes since it was attached (see blockstep events)", attach.ErrLost)
 		case sv.Generation < r.Generation:
@@ -101,7 +103,7 @@ func (b backend) Attach(ctx context.Context, name string, r control.Attach) (con
 		}
 	}
 	rec, err := b.d.attach.Attach(ctx, attach.Record{
-		Volume: sv.Name, ID: volumeIDText(sv.ID), Generation: sv.Generation, Connections: r.Connections, ReadOnly: r.ReadOnly,
+		Volume: sv.Name, ID: volumeIDText(sv.ID), Generation: sv.Generation, Epoch: uint64(sv.Epoch), Connections: r.Connections, ReadOnly: r.ReadOnly,
 	}, r.Device)
 	if err != nil {
 		return control.Attachment{}, attachError("attaching "+name, err)

@@ -28,7 +28,7 @@ var (
 	// ErrUsage is returned when the request itself is wrong.
 	ErrUsage = errors.New("not possible")
 	// ErrLost is returned by Config.Check when a device must not go on.
-	ErrLost = errors.New("what the device was told may be gone")
+	ErrLost = errors.New("the device has ended for good")
 )
 
 // driver is the kernel as a Manager uses it; *Kernel is one.

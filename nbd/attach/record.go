@@ -11,11 +11,12 @@ import (
 
 // Record is what is kept of an attachment across restarts of the daemon.
 type Record struct {
-	Volume      string `json:"volume"`     // its name, which is its export's
-	ID          string `json:"id"`         // a name may be used again, an id never
-	Generation  uint64 `json:"generation"` // of caches, when it was attached
-	Backend     string `json:"backend"`    // the identifier that the kernel keeps
-	Index       int    `json:"index"`      // /dev/nbdN; -1 until the kernel has chosen
+	Volume      string `json:"volume"`          // its name, which is its export's
+	ID          string `json:"id"`              // a name may be used again, an id never
+	Generation  uint64 `json:"generation"`      // of caches, when it was attached
+	Epoch       uint64 `json:"epoch,omitempty"` // of the volume, when it was attached
+	Backend     string `json:"backend"`         // the identifier that the kernel keeps
+	Index       int    `json:"index"`           // /dev/nbdN; -1 until the kernel has chosen
 	Connections int    `json:"connections"`
 	ReadOnly    bool   `json:"read_only"`
 	// Lost says why the device fails all I/O for good; "" while it serves.
