@@ -23,6 +23,7 @@ type checker struct {
 	newest   ident.Seq // the newest answered write
 	flushed  ident.Seq // what answered flushes cover
 	sessions []uint64  // the cache generation of each
+	fence    fence
 	shown    map[uint64][]ident.Position
 	copies   map[copyID]*copied
 
@@ -198,6 +199,9 @@ func (k *checker) commit(s *Sim, e entryID) {
 	}
 	if g := k.sessions[e.session-1]; e.pos.Epoch >= loss.epoch && g < loss.generation {
 		s.fail("I2", "session %d of generation %d writes %v, and since then something was lost", e.session, g, e.pos)
+	}
+	if g := k.sessions[e.session-1]; e.pos.Epoch >= k.fence.epoch && g < k.fence.generation {
+		s.fail("fence", "session %d of generation %d writes %v, after a fence", e.session, g, e.pos)
 	}
 	r := reqID{e.session, e.request}
 	if old, ok := k.byReq[r]; ok {

@@ -25,6 +25,7 @@ type controller struct {
 	want   bool // somebody asked for a round
 	drain  bool // the primary is to drain first
 	force  bool // an operator accepts loss
+	fence  bool // an operator ends the sessions from before
 	to     ident.Node
 	round  round
 	sendTo map[ident.Node]bool // whom it can reach; nil: everybody
@@ -33,6 +34,7 @@ type controller struct {
 type round struct {
 	on       bool
 	force    bool
+	fence    bool
 	epoch    ident.Epoch
 	vol      *state.Volume
 	began    int64
@@ -109,7 +111,8 @@ func (s *Sim) controllerTick(c *controller) {
 		if r.force = c.force; r.force {
 			r.drainEnd = 0
 		}
-		c.drain, c.force = false, false
+		r.fence = c.fence
+		c.drain, c.force, c.fence = false, false, false
 		s.note(-1, "round", "controller %d epoch %d set %v drain %v", c.i, r.epoch, c.vol.InSync, r.drainEnd > 0)
 	}
 	if r.promoted || s.now < r.drainEnd {
@@ -227,6 +230,7 @@ func (s *Sim) promote(c *controller, v *state.Verdict) {
 	s.submit(&command{node: -1, ctl: c.i, cmd: state.Command{Promote: &state.Promote{
 		Volume: volumeID, OldEpoch: r.vol.Epoch, SetVersion: r.vol.SetVersion, Epoch: r.epoch, Node: v.Node,
 		Replica: v.Answer.Replica, Incarnation: v.Answer.Incarnation, Position: v.Answer.Last, Loss: v.Loss, Heard: v.Heard, Set: v.Set,
+		Fence: r.fence,
 	}}, done: func(*command) {
 		if c.round.on && c.round.epoch == epoch {
 			c.round.on = false

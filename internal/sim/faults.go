@@ -40,13 +40,14 @@ const (
 	FaultMinCopies               // min_copies is changed
 	FaultRate                    // the rates of resyncs are changed
 	FaultEcho                    // a command of long ago comes again, under another id
+	FaultFence                   // an operator ends all sessions
 	faultKinds
 )
 
 var faultNames = [faultKinds]string{
 	"kill", "power", "clean-stop", "stop", "partition", "link", "flap", "slow", "hang", "disk", "switchover",
 	"raft-stall", "controller", "power-all", "forget", "doubt",
-	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies", "rate", "echo",
+	"split", "long-hang", "pause", "force", "rot", "wipe", "add", "remove", "grow", "min-copies", "rate", "echo", "fence",
 }
 
 func (f Fault) String() string { return faultNames[f] }
@@ -132,7 +133,7 @@ func (s *Sim) Inject(f Fault, i int) {
 		s.split()
 	case FaultLongHang:
 		s.hang(n, s.delay(s1, 10*s1))
-	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultRate, FaultEcho, faultKinds:
+	case FaultDisk, FaultPause, FaultForce, FaultRot, FaultWipe, FaultAdd, FaultRemove, FaultGrow, FaultMinCopies, FaultRate, FaultEcho, FaultFence, faultKinds:
 	}
 }
 

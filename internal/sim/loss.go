@@ -18,6 +18,13 @@ type loss struct {
 	forced     bool   // the old side may live on
 }
 
+// fence is the newest promotion by which an operator has ended the sessions from before:
+// none of them writes in its epoch or later.
+type fence struct {
+	epoch      ident.Epoch
+	generation uint64 // of caches, from then on
+}
+
 func (k *checker) newestLoss() loss {
 	if n := len(k.losses); n > 0 {
 		return k.losses[n-1]
@@ -68,6 +75,9 @@ func (k *checker) after(s *Sim, c *command, old *state.Volume) {
 	}
 	if p.Epoch <= old.Epoch {
 		s.fail("I1", "epoch %d after %d", p.Epoch, old.Epoch)
+	}
+	if p.Fence {
+		k.fence = fence{p.Epoch, s.cl.vol().Generation}
 	}
 	n := s.nodes[s.index(p.Node)]
 	keep := len(k.log)

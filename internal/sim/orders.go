@@ -17,9 +17,17 @@ var orders = map[Fault]func(*Sim, *node){
 		}
 	},
 	FaultForce: (*Sim).force,
-	FaultDisk:  (*Sim).failDisk,
-	FaultRot:   (*Sim).rot,
-	FaultWipe:  (*Sim).wipe,
+	FaultFence: func(s *Sim, n *node) {
+		if c := s.ctl[0]; c != nil {
+			c.want, c.drain, c.fence = true, true, true
+			if c.to = c.vol.Primary; s.rng.IntN(4) == 0 {
+				c.to = n.name // it is gone, or slow to answer
+			}
+		}
+	},
+	FaultDisk: (*Sim).failDisk,
+	FaultRot:  (*Sim).rot,
+	FaultWipe: (*Sim).wipe,
 	FaultAdd: func(s *Sim, n *node) {
 		s.command(n.i, state.Command{AddReplica: &state.AddReplica{Volume: volumeID, Node: n.name}})
 	},
