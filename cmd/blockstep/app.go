@@ -141,7 +141,7 @@ Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 no daemon reachable, 4 t
 	f.BoolVar(&a.json, "json", false, "print JSON instead of tables")
 	root.AddCommand(
 		a.statusCmd(), a.eventsCmd(), a.volumeCmd(), a.nodeCmd(), a.waitCmd(),
-		a.switchoverCmd(), a.failoverCmd(), a.verifyCmd(), a.invalidateCmd(),
+		a.switchoverCmd(), a.failoverCmd(), a.fenceCmd(), a.verifyCmd(), a.invalidateCmd(),
 		a.attachCmd(), a.detachCmd(), a.attachmentsCmd(), a.followCmd(),
 		a.demoCmd(), a.demoNodeCmd(), a.versionCmd(), a.manCmd(root), a.reloadCmd(), a.recoverCmd(), a.doctorCmd(),
 	)

@@ -97,6 +97,7 @@ func TestInterrupted(t *testing.T) {
 		"wait db --for healthy":         "interrupted",
 		"volume delete db":              "interrupted; it may still happen: look at blockstep status",
 		"node drain alpha":              "interrupted; it may still happen: look at blockstep status",
+		"fence db":                      "interrupted; it may still happen: look at blockstep status",
 		"failover db":                   "interrupted; it may still happen: look at blockstep status",
 		"volume create db --size 10GiB": "interrupted; it may still happen: look at blockstep status",
 	} {

@@ -120,7 +120,7 @@ func TestSchemasFitTheTypes(t *testing.T) {
 	}
 	for name, typ := range map[string]any{
 		"cluster": control.ClusterStatus{}, "volume": control.VolumeStatus{}, "node": control.NodeStatus{}, "event": control.Event{},
-		"failover": control.FailoverResult{}, "verify": control.VerifyProgress{}, "attachment": control.Attachment{},
+		"failover": control.FailoverResult{}, "fence": control.FenceResult{}, "verify": control.VerifyProgress{}, "attachment": control.Attachment{},
 		"findings": control.Finding{}, "reloaded": control.Reloaded{}, "recovery": control.Recovery{}, "node-added": control.AddedNode{}, "node-changed": nodeChanged{},
 	} {
 		raw, err := os.ReadFile(filepath.Join(schemaDir, name+".json"))

@@ -236,6 +236,11 @@ func (c *Client) Switchover(ctx context.Context, volume string, r Switchover) (o
 	return out, c.do(ctx, http.MethodPost, volumePath(volume, "switchover"), r, &out)
 }
 
+// Fence returns when no write of a session from before can take effect any more.
+func (c *Client) Fence(ctx context.Context, volume string) (out FenceResult, err error) {
+	return out, c.do(ctx, http.MethodPost, volumePath(volume, "fence"), struct{}{}, &out)
+}
+
 // Failover returns when a new primary is named.
 func (c *Client) Failover(ctx context.Context, volume string, r Failover) (out FailoverResult, err error) {
 	return out, c.do(ctx, http.MethodPost, volumePath(volume, "failover"), r, &out)

@@ -8,7 +8,7 @@ var EventKinds = []string{
 	"node-added", "node-invited", "node-removed", "node-replaced", "node-started",
 	"volume-created", "volume-deleted", "volume-resized", "options",
 	"replica-added", "replica-failed", "replica-leaving", "replica-moves", "replica-registered", "replica-removed",
-	"promoted", "set-changed", "invalidated",
+	"promoted", "fenced", "set-changed", "invalidated",
 	// Of a replica, as its node noticed it.
 	"amnesia", "cut", "discarded", "drain", "failed", "incarnation", "peer", "reopened", "resync", "role", "set", "stalled",
 	// Of the node that is asked.

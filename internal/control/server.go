@@ -27,6 +27,7 @@ type Backend interface {
 	ResizeVolume(ctx context.Context, volume string, r Resize) (VolumeStatus, error)
 	SetOptions(ctx context.Context, volume string, r SetOptions) (VolumeStatus, error)
 	Switchover(ctx context.Context, volume string, r Switchover) (VolumeStatus, error)
+	Fence(ctx context.Context, volume string) (FenceResult, error)
 	Failover(ctx context.Context, volume string, r Failover) (FailoverResult, error)
 	Invalidate(ctx context.Context, volume string, r Invalidate) error
 	// Verify calls progress now and then, and a last time with Done.
@@ -101,6 +102,9 @@ func changing(mux *http.ServeMux, b Backend) {
 	})
 	post(mux, "POST /v1/volumes/{name}/switchover", func(r *http.Request, in Switchover) (any, error) {
 		return b.Switchover(r.Context(), r.PathValue("name"), in)
+	})
+	post(mux, "POST /v1/volumes/{name}/fence", func(r *http.Request, _ struct{}) (any, error) {
+		return b.Fence(r.Context(), r.PathValue("name"))
 	})
 	post(mux, "POST /v1/volumes/{name}/failover", func(r *http.Request, in Failover) (any, error) {
 		return b.Failover(r.Context(), r.PathValue("name"), in)

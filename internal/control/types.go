@@ -158,6 +158,24 @@ type FailoverResult struct {
 	Lost    string `json:"lost,omitempty"` // what may be gone, after a forced one
 }
 
+// FenceResult says what a fence did.
+type FenceResult struct {
+	Volume     string          `json:"volume"`
+	Primary    string          `json:"primary"`
+	Epoch      uint64          `json:"epoch"`
+	Generation uint64          `json:"cache_generation"`
+	Ended      []EndedSessions `json:"ended"`
+	Lost       string          `json:"lost,omitempty"` // what may be gone, when the primary was
+}
+
+// EndedSessions is who had a fenced volume open through one node.
+type EndedSessions struct {
+	Node    string   `json:"node"`
+	Clients []string `json:"clients"`          // each NBD connection's other end, as VolumeClients has it
+	Device  string   `json:"device,omitempty"` // the kernel device there, which fails its I/O for good
+	Error   string   `json:"error,omitempty"`  // why the node does not tell: what it has open has ended all the same
+}
+
 // Invalidate asks to resync one replica anew.
 type Invalidate struct {
 	Node string `json:"node"`

@@ -21,6 +21,7 @@ func (d *Daemon) addCalls() {
 	handle(d.rpcd, "/node/v1/drain", d.serveDrain)
 	handle(d.rpcd, "/node/v1/readmit", d.serveReadmit)
 	handle(d.rpcd, "/node/v1/operate", d.serveOperate)
+	handle(d.rpcd, "/node/v1/fence", d.serveOperate)
 	handle(d.rpcd, "/node/v1/volume", d.serveReportOf)
 	handle(d.rpcd, "/node/v1/clients", d.serveClients)
 	handle(d.rpcd, "/node/v1/member", d.serveMember)

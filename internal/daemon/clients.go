@@ -15,6 +15,10 @@ import (
 // other end.
 type clientsAnswer struct {
 	Clients []string `json:"clients"`
+	// Writers are those of the volume itself, and not of one replica. Device is the
+	// kernel's on that node; its connections are among them.
+	Writers []string `json:"writers,omitempty"`
+	Device  string   `json:"device,omitempty"`
 }
 
 func (d *Daemon) serveClients(_ context.Context, _ ident.Node, c volumeCall) (clientsAnswer, error) {
@@ -25,11 +29,18 @@ func (d *Daemon) serveClients(_ context.Context, _ ident.Node, c volumeCall) (cl
 	}
 	for _, o := range d.nbd.Clients() {
 		// Who reads one replica, VOLUME@NODE, is a client too.
-		if name, _, _ := strings.Cut(o.Export, "@"); name == sv.Name {
+		if name, _, one := strings.Cut(o.Export, "@"); name == sv.Name {
 			out.Clients = append(out.Clients, o.Remote)
+			if !one {
+				out.Writers = append(out.Writers, o.Remote)
+			}
 		}
 	}
 	slices.Sort(out.Clients)
+	slices.Sort(out.Writers)
+	if len(out.Writers) > 0 {
+		out.Device = d.deviceOf(sv.Name)
+	}
 	return out, nil
 }
 

@@ -90,12 +90,22 @@ func (d *Daemon) serveReport(_ context.Context, _ ident.Node, m reportMsg) (stru
 	return struct{}{}, nil
 }
 
-// operatorCall asks the leader's controller for a switchover or a failover.
+// operatorCall asks the leader's controller for a switchover, a fence or a failover.
 type operatorCall struct {
 	Volume     ident.Volume `json:"volume"`
 	To         ident.Node   `json:"to"`
 	Switchover bool         `json:"switchover"`
 	Force      bool         `json:"force"`
+	Fence      bool         `json:"fence,omitempty"`
+}
+
+// path is where the leader takes the call. A fence has its own: a release before would
+// take it for a failover.
+func (c operatorCall) path() string {
+	if c.Fence {
+		return "/node/v1/fence"
+	}
+	return "/node/v1/operate"
 }
 
 type operatorReply struct {
@@ -109,7 +119,8 @@ type operatorReply struct {
 
 // operate asks the controller, wherever the leader is, until it has done what
 // was asked or ctx ends. Asking again is safe: a switchover to the node that is
-// primary already does nothing, and a failover begins from the newest epoch.
+// primary already does nothing, a failover begins from the newest epoch, and a fence
+// ends who came meanwhile too.
 func (d *Daemon) operate(ctx context.Context, c operatorCall) (state.Result, error) {
 	last := "no Raft leader is known"
 	for {
@@ -142,7 +153,7 @@ func (d *Daemon) operateOnce(ctx context.Context, c operatorCall) (reply operato
 	if leader == "" {
 		return operatorReply{Again: true}, nil
 	}
-	return reply, d.rpc.callAddress(ctx, leader, address, "/node/v1/operate", c, &reply)
+	return reply, d.rpc.callAddress(ctx, leader, address, c.path(), c, &reply)
 }
 
 func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall) (reply operatorReply, _ error) {
@@ -154,13 +165,19 @@ func (d *Daemon) serveOperate(ctx context.Context, _ ident.Node, c operatorCall)
 		return reply, nil
 	}
 	var err error
-	if c.Switchover {
+	switch {
+	case c.Switchover:
 		err = d.failover.Switchover(ctx, c.Volume, c.To)
-	} else {
+	case c.Fence:
+		reply.Result, err = d.failover.Fence(ctx, c.Volume)
+	default:
 		reply.Result, err = d.failover.Failover(ctx, c.Volume, c.To, c.Force)
 	}
 	if err != nil {
 		reply.Err = d.plain(err)
+		if lacking := (*raft.LackingError)(nil); errors.As(err, &lacking) {
+			reply.Next = lackingNext(lacking.Nodes)
+		}
 		if v := d.state().Volumes[c.Volume]; v != nil && errors.Is(err, raft.ErrTarget) {
 			reply.Next = d.choices(ctx, v, c.To)
 		}
