@@ -308,6 +308,85 @@ func TestStoppedForwarder(t *testing.T) {
 	}
 }
 
+// TestFencedWritesNever: the recipe for a service that moves to another machine. A host
+// stands still with a client's write in its daemon's socket, and its client is there still;
+// the volume is fenced, and another host writes in the same place. When the first wakes up
+// its write has no effect, and its client hears an error. Without the fence it would take
+// effect, late: that is shown too.
+func TestFencedWritesNever(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, options{})
+	c.volume("db", "16MiB")
+	for round, tc := range []struct {
+		what    string
+		primary bool // of the volume is the host that stands still
+		fence   bool
+	}{
+		{"a forwarder, and no fence", false, false},
+		{"a forwarder", false, true},
+		{"the primary", true, true},
+	} {
+		stopped := c.others(c.primary("db").name)[0]
+		if tc.primary {
+			stopped = c.primary("db")
+		}
+		elsewhere := c.others(stopped.name)[0]
+		off := uint64(round) * 8192
+		old := mustDial(t, stopped, "db")
+		if err := old.write(fill(1, 4096), off, false); err != nil {
+			t.Fatal(err)
+		}
+		stopped.pause()
+		if err := old.send(cmdWrite, 0, off, 4096, fill(2, 4096)); err != nil {
+			t.Fatal(err)
+		}
+		if tc.fence {
+			before := elsewhere.status("db")
+			elsewhere.cli("fence", "db")
+			now := elsewhere.status("db")
+			if !tc.primary && now.Primary != before.Primary {
+				t.Errorf("%s: the primary went from %s to %s", tc.what, before.Primary, now.Primary)
+			}
+			t.Logf("%s: fenced, epoch %d then %d, primary %s then %s", tc.what, before.Epoch, now.Epoch, before.Primary, now.Primary)
+		}
+		d := mustDial(t, elsewhere, "db")
+		for at := off; at <= off+4096; at += 4096 {
+			if err := d.write(fill(3, 4096), at, true); err != nil {
+				t.Fatalf("%s: a session from afterwards: %v", tc.what, err)
+			}
+		}
+		stopped.resume()
+		old.deadline(time.Now().Add(30 * time.Second))
+		err := old.answer(nil)
+		c.waitHealthy("db")
+		t.Logf("%s: the old client: %v", tc.what, err)
+		b := make([]byte, 4096)
+		if err := d.read(b, off); err != nil {
+			t.Fatal(err)
+		}
+		want := uint64(2)
+		if tc.fence {
+			want = 3
+			if err == nil {
+				t.Errorf("%s: the write of a session from before the fence was answered", tc.what)
+			}
+			if err := old.write(fill(4, 4096), off+4096, false); err == nil {
+				t.Errorf("%s: a session from before the fence writes", tc.what)
+			}
+			eventually(t, 10*time.Second, "sessions at that host work, once it has heard of the fence", func() bool {
+				again := mustDial(t, stopped, "db")
+				defer again.close()
+				return again.write(fill(5, 4096), off+4096, false) == nil
+			})
+		}
+		if v, err := valueOf(b); v != want || err != nil {
+			t.Errorf("%s: value %d (%v), want %d", tc.what, v, err, want)
+		}
+		d.close()
+	}
+	c.replicasEqual("db")
+}
+
 // TestSwitchoverTargetDies: a switchover is no more dangerous than its target's
 // death: I/O goes on within the promise, nothing is lost, and the command ends
 // with an answer.
