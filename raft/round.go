@@ -488,5 +488,8 @@ func (c *Controller) promote(ctx context.Context, v *state.Volume, epoch ident.E
 		Loss: d.Loss, Heard: d.Heard, Set: d.Set, Readmit: d.Readmit, Rule: j.rule + "; " + d.Rule,
 		Fence: j.fence,
 	}}
+	if d.Loss == state.LossForced && !j.fence && c.o.Cluster.State().Understood(state.VersionCompares) {
+		cmd.V = state.VersionCompares // what it is compared with besides
+	}
 	return c.o.Cluster.Apply(pctx, cmd)
 }

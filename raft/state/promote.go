@@ -15,7 +15,7 @@ func (s *State) promote(c *Command, p *Promote) Result {
 	if !r.OK {
 		return r
 	}
-	if r := promotable(v, p); !r.OK {
+	if r := promotable(v, p, c.V); !r.OK {
 		return r
 	}
 	old, oldPrimary := v.Epoch, v.Primary
@@ -70,8 +70,8 @@ func (s *State) promote(c *Command, p *Promote) Result {
 	return res
 }
 
-// promotable compares the command with the volume.
-func promotable(v *Volume, p *Promote) Result {
+// promotable compares the command, of a version, with the volume.
+func promotable(v *Volume, p *Promote, version int) Result {
 	rep := v.Replica(p.Node)
 	switch {
 	case p.OldEpoch != v.Epoch:
@@ -109,6 +109,10 @@ func promotable(v *Volume, p *Promote) Result {
 	for _, n := range p.Set {
 		if v.Replica(n).Failed && !p.Readmit {
 			return refuse(RuleFailed, "the replica of %q on %q failed", v.Name, n)
+		}
+		if v.Replica(n).Replica == 0 && version >= VersionCompares {
+			// It was removed and added again since it was heard: what comes is empty.
+			return refuse(RuleReplicaID, "the replica of %q on %q is another one by now", v.Name, n)
 		}
 	}
 	return Result{OK: true}

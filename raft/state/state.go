@@ -21,8 +21,9 @@ import (
 
 // Version is the newest version of a snapshot that this build understands,
 // CommandVersion that of a command. In VersionCompares, RegisterReplica and
-// AddReplica say what they were decided on, in VersionFence a Promote may be a fence:
-// such a command is proposed only where State.Understood.
+// AddReplica say what they were decided on, and a forced Promote has no set with a
+// replica that is not registered; in VersionFence a Promote may be a fence. Such a
+// command is proposed only where State.Understood.
 const (
 	Version         = 1
 	CommandVersion  = 4

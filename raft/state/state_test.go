@@ -203,6 +203,22 @@ func TestLossRaisesTheGeneration(t *testing.T) {
 	}
 }
 
+// A replica that was removed and added again since a forced failover heard of the one
+// before is empty: it does not come into the set, unless an older release may decide too.
+func TestForcedSetOfOneThatIsNew(t *testing.T) {
+	s := serving(t)
+	s = do(t, s, changeSet(s, "a", "b"))
+	s = do(t, s, Command{RemoveReplica: &RemoveReplica{Volume: 1, Node: "c"}})
+	s = do(t, s, Command{AddReplica: &AddReplica{Volume: 1, Node: "c"}})
+	for v, ok := range map[int]bool{0: true, 1: true, VersionCompares: false, CommandVersion: false} {
+		c := promote(s, "a", 7)
+		c.V, c.Promote.Loss, c.Promote.Set = v, LossForced, []ident.Node{"a", "c"}
+		if _, r := s.Apply(c); r.OK != ok || !ok && r.Rule != RuleReplicaID {
+			t.Errorf("version %d: %+v", v, r)
+		}
+	}
+}
+
 // A fence is a promotion that raises the generation and loses nothing. One that comes late
 // or again is refused, or answered as it was, like any promotion.
 func TestFence(t *testing.T) {
@@ -599,7 +615,7 @@ func TestInvariants(t *testing.T) {
 		steps := rapid.IntRange(1, 60).Draw(t, "steps")
 		for i := range steps {
 			c := drawCommand(t, s)
-			c.ID = fmt.Sprint(i)
+			c.ID, c.V = fmt.Sprint(i), CommandVersion
 			before := encoded(t, s)
 			next, r := s.Apply(c)
 			if again, r2 := s.Apply(c); r != r2 || !bytes.Equal(encoded(t, again), encoded(t, next)) {
