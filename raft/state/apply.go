@@ -263,6 +263,7 @@ func (s *State) putNode(n Node) Result {
 	if r := s.freshRaftID(n.RaftID); !r.OK {
 		return r
 	}
+	n.Commands = 0 // it says so itself
 	s.Nodes[n.Name] = &n
 	return Result{OK: true}
 }
@@ -321,7 +322,7 @@ func (s *State) replaceNode(c *Command, p *ReplaceNode) Result {
 		return r
 	}
 	n := *old
-	n.RaftID, n.Lost = p.RaftID, false
+	n.RaftID, n.Lost, n.Commands = p.RaftID, false, 0
 	if p.Address != "" {
 		n.Address = p.Address
 	}
@@ -337,7 +338,7 @@ func (s *State) replaceNode(c *Command, p *ReplaceNode) Result {
 			s.Volumes[v.ID] = nv
 		}
 	}
-	return s.event(c, nil, Event{Name: eventNodeReplaced, Node: p.Name, Text: fmt.Sprintf("node %s replaced: a new data_dir takes its place", p.Name)})
+	return s.event(c, nil, Event{Name: "node-replaced", Node: p.Name, Text: fmt.Sprintf("node %s replaced: a new data_dir takes its place", p.Name)})
 }
 
 func (s *State) addEvent(c *Command, p *AddEvent) Result {
@@ -353,5 +354,6 @@ func (s *State) addEvent(c *Command, p *AddEvent) Result {
 			return refuse(RuleLimit, "event field %q is too long", clip(k))
 		}
 	}
+	s.started(&e)
 	return s.event(c, nil, e)
 }

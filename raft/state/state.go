@@ -62,6 +62,10 @@ type Node struct {
 	// Lost is set by a recovery from a lost majority: the node is out of the Raft
 	// group until it is replaced or removed.
 	Lost bool `json:"lost,omitempty"`
+	// Commands is the newest version of a command that the node's build understands, as
+	// it said when it last started (Started); 0: it has not said. Nothing is decided by
+	// it in Apply, so a release that does not keep it comes to the same state otherwise.
+	Commands int `json:"commands,omitempty"`
 }
 
 // Settings concern the cluster as a whole.
