@@ -139,6 +139,10 @@ func (c *Changes) Merge(horizon uint64) {
 			c.segs[at] = s
 			continue
 		}
+		// The smaller goes into the larger: what is added is added bit by bit.
+		if s.bits.Blocks() < young.bits.Blocks() {
+			s.bits, young.bits = young.bits, s.bits
+		}
 		s.bits.Union(young.bits)
 		s.bytes += young.bytes
 		*young = s
