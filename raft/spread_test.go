@@ -27,6 +27,18 @@ func (newReplicas) Readmit(context.Context, ident.Node, ident.Volume, ident.Epoc
 
 func (newReplicas) Drain(context.Context, ident.Node, ident.Volume, ident.Epoch) error { return nil }
 
+// newVolume makes a volume whose replicas are newReplicas.
+func (r *rig) newVolume(id ident.Volume, names []ident.Node) {
+	vol := &state.CreateVolume{Name: fmt.Sprint("v", id), ID: id, Size: 1 << 20}
+	for _, n := range names {
+		vol.Replicas = append(vol.Replicas, state.Replica{Node: n})
+	}
+	r.do(state.Command{CreateVolume: vol})
+	for _, n := range names {
+		r.do(state.Command{RegisterReplica: &state.RegisterReplica{Volume: id, Node: n, Replica: newReplicaID(id, n)}})
+	}
+}
+
 // New volumes spread their first primaries over the nodes, also when they are
 // made all at once.
 func TestNewVolumesSpreadTheirPrimaries(t *testing.T) {
@@ -35,14 +47,7 @@ func TestNewVolumesSpreadTheirPrimaries(t *testing.T) {
 		r.stop()
 		names := []ident.Node{"a", "b", "c"}
 		for id := ident.Volume(2); id <= 9; id++ {
-			vol := &state.CreateVolume{Name: fmt.Sprint("v", id), ID: id, Size: 1 << 20}
-			for _, n := range names {
-				vol.Replicas = append(vol.Replicas, state.Replica{Node: n})
-			}
-			r.do(state.Command{CreateVolume: vol})
-			for _, n := range names {
-				r.do(state.Command{RegisterReplica: &state.RegisterReplica{Volume: id, Node: n, Replica: newReplicaID(id, n)}})
-			}
+			r.newVolume(id, names)
 		}
 		c := NewController(ControllerOptions{Cluster: r.cluster, Replicas: newReplicas{}, Logger: testLogger(t)})
 		ctx, cancel := context.WithCancel(t.Context())
@@ -87,14 +92,7 @@ func TestADeadNodesPrimariesSpread(t *testing.T) {
 		r.stop()
 		names := []ident.Node{"a", "b", "c"}
 		for id := ident.Volume(2); id <= 11; id++ {
-			vol := &state.CreateVolume{Name: fmt.Sprint("v", id), ID: id, Size: 1 << 20}
-			for _, n := range names {
-				vol.Replicas = append(vol.Replicas, state.Replica{Node: n})
-			}
-			r.do(state.Command{CreateVolume: vol})
-			for _, n := range names {
-				r.do(state.Command{RegisterReplica: &state.RegisterReplica{Volume: id, Node: n, Replica: newReplicaID(id, n)}})
-			}
+			r.newVolume(id, names)
 			p := ident.Node("a")
 			if id == 2 {
 				p = "b"

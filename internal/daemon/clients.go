@@ -44,6 +44,21 @@ func (d *Daemon) serveClients(_ context.Context, _ ident.Node, c volumeCall) (cl
 	return out, nil
 }
 
+// clientsOf asks a node, this one too, who has a volume open there.
+func (d *Daemon) clientsOf(ctx context.Context, n ident.Node, id ident.Volume) (a clientsAnswer, err error) {
+	ctx, cancel := context.WithTimeout(ctx, askNode)
+	defer cancel()
+	if n == d.self {
+		a, err = d.serveClients(ctx, n, volumeCall{id})
+	} else {
+		err = d.rpc.call(ctx, n, "/node/v1/clients", volumeCall{id}, &a)
+	}
+	if err != nil {
+		return a, fmt.Errorf("it gives no answer: %w", err)
+	}
+	return a, nil
+}
+
 // VolumeClients implements control.Backend. It is no part of a volume's status,
 // which asks only the nodes that have a replica.
 func (b backend) VolumeClients(ctx context.Context, name string) ([]control.VolumeClients, error) {
@@ -56,18 +71,10 @@ func (b backend) VolumeClients(ctx context.Context, name string) ([]control.Volu
 	var wg sync.WaitGroup
 	for i, n := range names {
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, askNode)
-			defer cancel()
-			var a clientsAnswer
-			var err error
-			if n == b.d.self {
-				a, err = b.d.serveClients(ctx, n, volumeCall{sv.ID})
-			} else {
-				err = b.d.rpc.call(ctx, n, "/node/v1/clients", volumeCall{sv.ID}, &a)
-			}
+			a, err := b.d.clientsOf(ctx, n, sv.ID)
 			out[i] = control.VolumeClients{Node: string(n), Clients: a.Clients}
 			if err != nil {
-				out[i].Clients, out[i].Error = []string{}, fmt.Sprintf("it gives no answer: %v", err)
+				out[i].Clients, out[i].Error = []string{}, err.Error()
 			}
 		})
 	}

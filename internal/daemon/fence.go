@@ -108,17 +108,9 @@ func (b backend) sessions(ctx context.Context, sv *state.Volume) []control.Ended
 			continue
 		}
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, askNode)
-			defer cancel()
-			var a clientsAnswer
-			var err error
-			if n == b.d.self {
-				a, err = b.d.serveClients(ctx, n, volumeCall{sv.ID})
-			} else {
-				err = b.d.rpc.call(ctx, n, "/node/v1/clients", volumeCall{sv.ID}, &a)
-			}
+			a, err := b.d.clientsOf(ctx, n, sv.ID)
 			if err != nil {
-				out[i].Error = fmt.Sprintf("it gives no answer: %v", err)
+				out[i].Error = err.Error()
 				return
 			}
 			out[i].Clients = append(out[i].Clients, a.Writers...)
