@@ -103,7 +103,7 @@ func TestTheRaftLogHasRoom(t *testing.T) {
 		}
 		size, blocks := taken()
 		if round == 0 && blocks < size {
-			t.Skip("the file system sets nothing aside")
+			t.Skip("the file system of the temporary directory has no fallocate that keeps the size")
 		}
 		if size >= boltReserve || blocks < boltReserve {
 			t.Errorf("round %d: %d bytes, and %d on the disk, want %d", round, size, blocks, boltReserve)

@@ -365,28 +365,24 @@ func (c *Controller) dropReports(t *volumeTask) {
 
 // sleep waits; news end it after half of the time, since they are often many.
 func (c *Controller) sleep(ctx context.Context, t *volumeTask, d time.Duration) {
-	if d <= 0 {
-		return
-	}
-	if !pause(ctx, d/2) {
-		return
-	}
-	timer := time.NewTimer(d - d/2)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-t.kick:
-	case <-ctx.Done():
-	}
+	rest(ctx, d, t.kick, nil)
 }
 
 // gather is sleep, but that a replica which had not reported ends it at once: it may have
 // made the reports enough.
 func (c *Controller) gather(ctx context.Context, t *volumeTask, d time.Duration) {
+	rest(ctx, d, t.kick, t.news)
+}
+
+// rest waits for d, until a kick in its second half, or until news at any time; nil: none.
+func rest(ctx context.Context, d time.Duration, kick, news <-chan struct{}) {
+	if d <= 0 {
+		return
+	}
 	timer := time.NewTimer(d / 2)
 	defer timer.Stop()
 	select {
-	case <-t.news:
+	case <-news:
 		return
 	case <-ctx.Done():
 		return
@@ -394,8 +390,8 @@ func (c *Controller) gather(ctx context.Context, t *volumeTask, d time.Duration)
 		timer.Reset(d - d/2)
 	}
 	select {
-	case <-t.news:
-	case <-t.kick:
+	case <-news:
+	case <-kick:
 	case <-ctx.Done():
 	case <-timer.C:
 	}
